@@ -1,0 +1,198 @@
+"""INT8 by torch.ao.quantization (FX graph mode): the kernels that ship inside torch.
+
+The stack is deprecated in favour of torchao's PT2E, but it is what plain torch can run without a compiler. It is used in
+this file only.
+"""
+
+import contextlib
+import copy
+import warnings
+
+import torch
+from torch import nn
+from torch.ao.quantization import (
+    QConfig,
+    fake_quantize,
+    get_default_qat_qconfig_mapping,
+    get_default_qconfig_mapping,
+    observer,
+)
+from torch.ao.quantization import quantize_dynamic as torch_quantize_dynamic
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
+
+from . import FAMILIES, Engine
+
+
+def engines():
+    """Return the torch.ao engines, with the reason for each that does not run here."""
+    supported = torch.backends.quantized.supported_engines
+    return [
+        Engine(name, name in supported, "part of this torch" if name in supported else "not in this build of torch")
+        for name in FAMILIES["torch_ao"]
+    ]
+
+
+def quantize_dynamic(model):
+    recipe = {"kind": "dynamic", "engine": _dynamic_engine(), "per_channel": False, "observer": None}
+    return _tag(_dynamic(model, recipe), recipe, model)
+
+
+def quantize_static(model, calibration, recipe):
+    prepared = None
+    with _quietly(recipe["engine"]):
+        with torch.no_grad():
+            for images in calibration:
+                if prepared is None:
+                    prepared = prepare_fx(copy.deepcopy(model).eval(), _qconfigs(recipe), (images,))
+                prepared(images)
+        if prepared is None:
+            raise ValueError("the calibration set is empty: activation ranges need at least one batch of real images")
+        return _tag(convert_fx(prepared), recipe, model)
+
+
+def prepare_qat(model, recipe):
+    with _quietly(recipe["engine"]):
+        prepared = prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), (torch.zeros(1, 3, 64, 64),))
+    return _tag(prepared, recipe, model)
+
+
+def convert_qat(model):
+    recipe = model.meta["course_recipe"]
+    with _quietly(recipe["engine"]):
+        return _tag(convert_fx(copy.deepcopy(model).eval()), recipe)
+
+
+def rebuild(model, recipe, tensors, rest):
+    """Return the stored model: the same graph made anew from the float module, then filled with the stored integers."""
+    example = (torch.zeros(1, 3, 64, 64),)
+    with _quietly(recipe["engine"]):
+        if recipe["kind"] == "dynamic":
+            converted = _dynamic(model, recipe)
+        elif recipe["kind"] == "qat":
+            converted = convert_fx(prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), example).eval())
+        else:
+            converted = convert_fx(prepare_fx(copy.deepcopy(model).eval(), _qconfigs(recipe), example))
+        state = converted.state_dict()  # filled in place: it carries the layout versions that loading asks for
+        if state.keys() != rest.keys():
+            strange = ", ".join(sorted(state.keys() ^ rest.keys())[:3])
+            raise ValueError(f"the stored weights do not fit this {type(model).__name__}; they differ in {strange}, ...")
+        state.update({key: _restore(key, what, tensors) for key, what in rest.items()})
+        try:
+            converted.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"the stored weights do not fit this {type(model).__name__}: {error}") from None
+    return _tag(converted, recipe)
+
+
+def _qconfigs(recipe):
+    # One bit of headroom where 8-bit products are summed pairwise in 16 bits and could saturate.
+    headroom = recipe["engine"] in ("x86", "fbgemm")
+    activation_range = {"dtype": torch.quint8, "reduce_range": headroom}
+    if recipe["per_channel"]:
+        weight_observer, weight_scheme = observer.PerChannelMinMaxObserver, torch.per_channel_symmetric
+    else:
+        weight_observer, weight_scheme = observer.MinMaxObserver, torch.per_tensor_symmetric
+    weight_range = {"dtype": torch.qint8, "qscheme": weight_scheme, "quant_min": -128, "quant_max": 127}
+    if recipe["kind"] == "qat":
+        qconfig = QConfig(
+            activation=fake_quantize.FakeQuantize.with_args(
+                observer=observer.MovingAverageMinMaxObserver,
+                quant_min=0,
+                quant_max=127 if headroom else 255,
+                **activation_range,
+            ),
+            weight=fake_quantize.FakeQuantize.with_args(
+                observer=observer.MovingAveragePerChannelMinMaxObserver
+                if recipe["per_channel"]
+                else observer.MovingAverageMinMaxObserver,
+                **weight_range,
+            ),
+        )
+    else:
+        activation_observer = observer.HistogramObserver if recipe["observer"] == "histogram" else observer.MinMaxObserver
+        qconfig = QConfig(
+            activation=activation_observer.with_args(**activation_range),
+            weight=weight_observer.with_args(**weight_range),
+        )
+    # Keep torch's exceptions (operations with a fixed output range, or that only move values around).
+    default = get_default_qat_qconfig_mapping if recipe["kind"] == "qat" else get_default_qconfig_mapping
+    return default(recipe["engine"]).set_global(qconfig)
+
+
+def _dynamic_engine():
+    supported = torch.backends.quantized.supported_engines
+    return next(name for name in ("x86", "fbgemm", "qnnpack", "onednn") if name in supported)
+
+
+def _dynamic(model, recipe):
+    with _quietly(recipe["engine"]):
+        return torch_quantize_dynamic(copy.deepcopy(model).eval(), {nn.Linear}, dtype=torch.qint8)
+
+
+def _tag(converted, recipe, model=None):
+    if model is not None:
+        recipe = recipe | {"architecture": getattr(model, "architecture", None)}
+    if not hasattr(converted, "meta"):
+        converted.meta = {}
+    converted.meta["course_recipe"] = recipe
+    return converted
+
+
+@contextlib.contextmanager
+def _quietly(engine):
+    """Select `engine` for a while, without the deprecation and 'observer has not run' warnings that lessons speak about."""
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
+def flatten(state):
+    """Split a quantized state dict into plain tensors and a JSON-ready description of what they were.
+
+    A quantized tensor `k` becomes `k` (int8 or uint8), `k.scales` and `k.zero_points`; a tuple (the packed parameters of a
+    linear layer) becomes its members.
+    """
+    tensors, rest = {}, {}
+    for key, value in state.items():
+        rest[key] = _flatten(key, value, tensors)
+    return tensors, rest
+
+
+def _flatten(key, value, tensors):
+    if value is None:
+        return {"kind": "none"}
+    if isinstance(value, torch.dtype):
+        return {"kind": "dtype", "value": str(value).removeprefix("torch.")}
+    if isinstance(value, tuple):
+        return {"kind": "tuple", "items": [_flatten(f"{key}.{i}", item, tensors) for i, item in enumerate(value)]}
+    if not value.is_quantized:
+        tensors[key] = value.detach().contiguous()
+        return {"kind": "tensor"}
+    tensors[key] = value.int_repr().contiguous()
+    per_channel = value.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+    scales = value.q_per_channel_scales() if per_channel else torch.tensor(value.q_scale(), dtype=torch.float64)
+    zero_points = value.q_per_channel_zero_points() if per_channel else torch.tensor(value.q_zero_point())
+    tensors[f"{key}.scales"] = scales.float() if torch.equal(scales.float().double(), scales.double()) else scales
+    tensors[f"{key}.zero_points"] = zero_points.to(torch.int32)
+    return {"kind": "quantized", "axis": value.q_per_channel_axis() if per_channel else None}
+
+
+def _restore(key, what, tensors):
+    kind = what["kind"]
+    if kind == "none":
+        return None
+    if kind == "dtype":
+        return getattr(torch, what["value"])
+    if kind == "tuple":
+        return tuple(_restore(f"{key}.{i}", item, tensors) for i, item in enumerate(what["items"]))
+    if kind == "tensor":
+        return tensors[key]
+    scales, zero_points = tensors[f"{key}.scales"].double(), tensors[f"{key}.zero_points"].long()
+    if what["axis"] is None:
+        return torch._make_per_tensor_quantized_tensor(tensors[key], float(scales), int(zero_points))
+    return torch._make_per_channel_quantized_tensor(tensors[key], scales, zero_points, what["axis"])

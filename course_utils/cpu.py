@@ -1,0 +1,79 @@
+"""The processor and memory this process may use: the facts that decide how fast, and how exact, 8-bit arithmetic is."""
+
+import os
+import platform
+from pathlib import Path
+
+# Flag (as /proc/cpuinfo spells it) → what it means for INT8. The rest of the course names the flags that a machine has.
+ISA_FLAGS = {
+    "avx2": "INT8 kernels with 256-bit registers",
+    "avx512f": "INT8 kernels with 512-bit registers",
+    "avx512_vnni": "four INT8 products summed into INT32 by one instruction, no 16-bit saturation",
+    "avx_vnni": "VNNI in 256-bit registers",
+    "avx512_bf16": "BF16 dot products",
+    "avx512_fp16": "FP16 arithmetic",
+    "amx_int8": "INT8 matrix tiles",
+    "asimd": "INT8 kernels with 128-bit registers (NEON)",
+    "asimddp": "four INT8 products summed into INT32 by one instruction (NEON)",
+    "i8mm": "INT8 matrix products (NEON)",
+    "sve": "scalable vectors",
+}
+
+
+def name():
+    """Return the processor's name as the system gives it."""
+    return _cpuinfo("model name", "Hardware", "CPU part") or platform.processor() or platform.machine()
+
+
+def flags():
+    """Return the set of the processor's instruction-set flags in lower case, spelled as in Linux' /proc/cpuinfo.
+
+    Elsewhere the set holds only what torch and the architecture give away.
+    """
+    found = set(_cpuinfo("flags", "Features").lower().split())
+    if found:
+        return found
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        # Every 64-bit ARM has NEON; every Apple one also has its dot products.
+        return {"asimd", "asimddp"} if platform.system() == "Darwin" else {"asimd"}
+    import torch
+
+    return {"AVX2": {"avx2"}, "AVX512": {"avx2", "avx512f"}}.get(torch.backends.cpu.get_cpu_capability(), set())
+
+
+def has_vnni():
+    """Return whether an x86 processor sums INT8 products straight into INT32 (without it, kernels may saturate at 16 bits)."""
+    return bool(flags() & {"avx512_vnni", "avx_vnni"})
+
+
+def cores():
+    """Return how many logical cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def memory_gib():
+    """Return the memory this process may use in GiB (the container's limit where there is one), or None if unknown."""
+    try:
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    return round(min(installed, _container_limit() or installed) / 2**30, 1)
+
+
+def _container_limit():
+    # Binder and CI containers see the host's memory; their own limit is in the cgroup (version 2, then version 1).
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(path).read_text())
+        except (OSError, ValueError):  # absent, or the word "max"
+            continue
+    return None
+
+
+def _cpuinfo(*keys):
+    # x86 and ARM name the same facts differently; there is no such file outside Linux.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.split("\t")[0].strip() in keys), "")

@@ -1,0 +1,116 @@
+"""Files that are whole or absent: checked against the manifest when read, replaced in one step when written."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+class DataFileError(RuntimeError):
+    """A committed file is missing, truncated or altered; the message says which one and how to restore it."""
+
+
+def data_dir():
+    """Return the course's `data/` folder: `$COURSE_DATA` if set, else the one of this checkout.
+
+    Raises `DataFileError` when neither holds a manifest, for example in a package installed without its checkout.
+    """
+    candidates = [Path(p) for p in (os.environ.get("COURSE_DATA"),) if p]
+    if not candidates:
+        here = Path.cwd()
+        candidates = [p / "data" for p in (Path(__file__).resolve().parents[1], here, *here.parents)]
+    for folder in candidates:
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise DataFileError(
+        f"No {MANIFEST} in {candidates[0]}. The course's data live in the `data/` folder of its repository: "
+        "run from a clone of it, or set COURSE_DATA to that folder."
+    )
+
+
+def read_manifest():
+    """Return `data/manifest.json` as a dict: file name relative to `data/` → facts about it (bytes, sha256, ...)."""
+    path = data_dir() / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataFileError(f"{path} is not valid JSON ({error}). {_restore(MANIFEST)}") from None
+
+
+def update_manifest(name, **facts):
+    """Set the entry of `name` to its measured `bytes` and `sha256` plus `facts`; the manifest is replaced in one step."""
+    path = data_dir() / name
+    entries = read_manifest()
+    entries[name] = {"bytes": path.stat().st_size, "sha256": sha256(path), **facts}
+    write_text(data_dir() / MANIFEST, json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False) + "\n")
+
+
+def verified(name):
+    """Return the path of the data file `name` after checking its size and sha256 against the manifest.
+
+    Raises `DataFileError` naming the file, what was expected and how to restore it.
+    """
+    entry = read_manifest().get(name)
+    path = data_dir() / name
+    if entry is None:
+        raise DataFileError(f"{name} has no entry in {MANIFEST}. {_restore(MANIFEST)}")
+    if not path.is_file():
+        raise DataFileError(f"{path} is missing (expected {entry['bytes']:,} bytes). {_restore(name)}")
+    stat = path.stat()
+    if stat.st_size != entry["bytes"]:
+        raise DataFileError(f"{path} has {stat.st_size:,} bytes, expected {entry['bytes']:,}. {_restore(name)}")
+    found = _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
+    if found != entry["sha256"]:
+        raise DataFileError(f"{path} was altered: sha256 {found[:12]}…, expected {entry['sha256'][:12]}…. {_restore(name)}")
+    return path
+
+
+def sha256(path):
+    """Return the sha256 of a file as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of_version(path, size, mtime_ns):
+    # Hash a file once a process for as long as its size and time stamp stay the same.
+    return sha256(path)
+
+
+def _restore(name):
+    if name.startswith("checkpoints/"):
+        return f"Restore it with `git checkout -- data/{name}`, or train it again with `make train`."
+    return f"Restore it with `git checkout -- data/{name}`."
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`; on success it replaces `path` in one step, on any error it is removed.
+
+    A killed process therefore never leaves a half-written `path`.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix + ".partial")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+        partial.chmod(mode)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write `text` (UTF-8) to `path` in one step."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

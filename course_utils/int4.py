@@ -1,0 +1,139 @@
+"""Fewer than 8 bits for real: integers packed without gaps, and files whose size can be computed by hand."""
+
+import json
+
+import torch
+from torch import nn
+
+from . import affine, files, models, weights
+
+FORMAT = "squeeze-packed-1"
+
+
+def pack(q, bits=4):
+    """Pack integers of `bits` bits (1 to 8) without gaps; return uint8 `(ceil(numel · bits / 8),)`.
+
+    q: integer tensor of any shape with values in 0..2^bits−1, or in −2^(bits−1)..2^(bits−1)−1 (two's complement).
+    The first integer takes the lowest bits of the first byte. Raises `ValueError` when a value does not fit.
+    """
+    _check_bits(bits)
+    if q.is_floating_point() or q.is_complex():
+        raise ValueError(f"expected integers, got {q.dtype}: quantize first")
+    q = q.reshape(-1)
+    if q.numel():
+        low, high = int(q.min()), int(q.max())
+        if low < -(2 ** (bits - 1)) or high > (2 ** (bits - 1) if low < 0 else 2**bits) - 1:
+            raise ValueError(f"values {low}..{high} do not fit in {bits} bits")
+    # Eight codes of `bits` bits fill exactly `bits` bytes, so the work goes in blocks of eight codes.
+    codes = nn.functional.pad(q.to(torch.int64) & (2**bits - 1), (0, -len(q) % 8)).view(-1, 8)
+    word = (codes << (bits * torch.arange(8))).sum(1)
+    packed = (word[:, None] >> (8 * torch.arange(bits))) & 255
+    return packed.to(torch.uint8).reshape(-1)[: _packed_bytes(len(q), bits)].clone()
+
+
+def unpack(packed, shape, bits=4, *, signed=True):
+    """Return the integers that `pack` packed, in `shape`: int8 when signed, else uint8.
+
+    Raises `ValueError` when `packed` does not hold exactly as many bytes as `shape` needs.
+    """
+    _check_bits(bits)
+    n = torch.Size(shape).numel()
+    if packed.dtype != torch.uint8 or packed.numel() != _packed_bytes(n, bits):
+        raise ValueError(
+            f"{n} integers of {bits} bits need {_packed_bytes(n, bits)} bytes of uint8, got {packed.numel()} of {packed.dtype}"
+        )
+    blocks = nn.functional.pad(packed.reshape(-1), (0, -packed.numel() % bits)).view(-1, bits).to(torch.int64)
+    word = (blocks << (8 * torch.arange(bits))).sum(1)
+    codes = (word[:, None] >> (bits * torch.arange(8))) & (2**bits - 1)
+    codes = codes.reshape(-1)[:n].reshape(shape)
+    if signed:
+        return (codes - ((codes >> (bits - 1)) << bits)).to(torch.int8)
+    return codes.to(torch.uint8)
+
+
+def quantize_groupwise(w, *, bits=4, group_size=32, symmetric=True):
+    """Return `(q, qparams)`: the integers of a weight `(rows, ...)` with one scale per `group_size` weights of a row.
+
+    Scales are rounded to FP16 values, because that is how they are stored.
+    """
+    chosen = affine.choose_qparams(w, bits=bits, symmetric=symmetric, group_size=group_size)
+    # FP16 has no scale below 2^-24; a group that small becomes zeros.
+    scale = chosen.scale.half().float().clamp(min=2.0**-24)
+    qparams = affine.QParams(scale, chosen.zero_point, chosen.qmin, chosen.qmax, None, group_size)
+    return affine.quantize(w, qparams), qparams
+
+
+def bits_per_weight(bits, group_size, *, symmetric=True):
+    """Return the honest bits of one weight: its own, plus its share of an FP16 scale (and of a zero point)."""
+    return bits + (16 + (0 if symmetric else bits)) / group_size
+
+
+def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
+    """Write `model` with packed convolution and linear weights to `path` (safetensors); return the bytes written.
+
+    The model must be one of `course_utils.models` (its architecture is stored by name). Batch norms are folded first; biases
+    and whatever else remains are stored as FP16. The file is replaced in one step. Raises `ValueError` for other models.
+    """
+    from safetensors.torch import save_file
+
+    architecture = models.architecture(model)
+    model = weights.fold_batch_norm(model)
+    tensors, shapes = {}, {}
+    for name, layer in weights.layers(model).items():
+        q, qparams = quantize_groupwise(layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric)
+        tensors[f"{name}.weight.packed"] = pack(q, bits)
+        tensors[f"{name}.weight.scale"] = qparams.scale.half()
+        if not symmetric:
+            tensors[f"{name}.weight.zero_point"] = pack(qparams.zero_point, bits)
+        shapes[f"{name}.weight"] = list(layer.weight.shape)
+    for key, value in model.state_dict().items():
+        if key not in shapes:
+            tensors[key] = value.half() if value.is_floating_point() else value
+    layout = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "shapes": shapes, "architecture": architecture}
+    with files.replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": FORMAT, "layout": json.dumps(layout)})
+        return partial.stat().st_size
+
+
+def load_packed(path):
+    """Return the model stored by `save_packed`, in evaluation mode: its weights are unpacked to float32 once.
+
+    Raises `ValueError` when the file is not of that format.
+    """
+    from safetensors import safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        metadata = file.metadata() or {}
+    except Exception as error:  # safetensors raises its own type, FileNotFoundError passes through below
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): write it again with save_packed") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by save_packed (format {metadata.get('format')!r}, expected {FORMAT!r})")
+    layout = json.loads(metadata["layout"])
+    bits, group_size, symmetric = layout["bits"], layout["group_size"], layout["symmetric"]
+    state = {}
+    for key, shape in layout["shapes"].items():
+        q = unpack(file.get_tensor(f"{key}.packed"), shape, bits, signed=symmetric)
+        scale = file.get_tensor(f"{key}.scale").float()
+        if symmetric:
+            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        else:
+            zero_point = unpack(file.get_tensor(f"{key}.zero_point"), scale.shape, bits, signed=False).int()
+        qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+        state[key] = affine.dequantize(q, affine.QParams(scale, zero_point, qmin, qmax, None, group_size))
+    plain = {key for key in file.keys() if not key.endswith((".packed", ".scale", ".zero_point"))}
+    state |= {key: file.get_tensor(key) for key in plain}
+    model = weights.fold_batch_norm(models.build(**layout["architecture"]))
+    model.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
+    return model
+
+
+def _packed_bytes(n, bits):
+    return -(-n * bits // 8)
+
+
+def _check_bits(bits):
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits must be between 1 and 8, got {bits}")

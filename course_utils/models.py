@@ -1,0 +1,86 @@
+"""The course's networks: torchvision's own architectures, with weights trained here or torchvision's official ones."""
+
+from . import files
+from .data import CLASSES
+
+NAMES = ("resnet18", "mobilenet_v2")
+
+
+def build(name, *, num_classes=len(CLASSES)):
+    """Return torchvision's architecture `name` with random weights, float32, in training mode.
+
+    Input is float32 `(n, 3, height, width)`, output float32 logits `(n, num_classes)`.
+    Raises `ValueError` for a name the course does not have.
+    """
+    import torchvision
+
+    _check(name)
+    model = getattr(torchvision.models, name)(num_classes=num_classes)
+    model.architecture = {"name": name, "num_classes": num_classes}
+    return model
+
+
+def architecture(model):
+    """Return the keyword arguments of `build` that made `model`, which is how saved files name its architecture.
+
+    Raises `ValueError` for a model that did not come from this module.
+    """
+    try:
+        return dict(model.architecture)
+    except AttributeError:
+        raise ValueError(
+            f"this {type(model).__name__} did not come from course_utils.models, so a file cannot name its architecture"
+        ) from None
+
+
+def load(name, *, weights="course"):
+    """Return a trained model in evaluation mode, float32.
+
+    name: `"resnet18"` (He et al. 2016) or `"mobilenet_v2"` (Sandler et al. 2018).
+    weights: `"course"` reads the checkpoint committed in `data/checkpoints` (10 Fashion-MNIST classes, trained by
+    `make train`, stored as FP16); `"imagenet"` asks torchvision for its official weights (1,000 classes), from the
+    torch hub cache or the network; None leaves the weights random (10 classes).
+
+    Raises `ValueError` for an unknown name or weights, `DataFileError` for a missing or altered checkpoint,
+    `RuntimeError` when the official weights are neither cached nor reachable.
+    """
+    if weights == "imagenet":
+        return _imagenet(name).eval()
+    model = build(name)
+    if weights == "course":
+        from safetensors.torch import load_file
+
+        stored = load_file(files.verified(checkpoint(name)))
+        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in stored.items()})
+    elif weights is not None:
+        raise ValueError(f'unknown weights {weights!r}: choose "course", "imagenet" or None')
+    return model.eval()
+
+
+def checkpoint(name):
+    """Return the course checkpoint's file name relative to `data/`, the key of its manifest entry."""
+    return f"checkpoints/{name}.safetensors"
+
+
+def _imagenet(name):
+    import torch
+    import torchvision
+
+    _check(name)
+    official = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        model = torchvision.models.get_model(name, weights=official)
+    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a damaged download
+        file_name = official.url.rsplit("/", 1)[-1]
+        raise RuntimeError(
+            f"torchvision's official weights for {name} could not be loaded ({error}). Without a network, put {file_name} "
+            f"(from {official.url}) into {torch.hub.get_dir()}/checkpoints and call again; the lessons themselves only "
+            f'need load("{name}").'
+        ) from None
+    model.architecture = {"name": name, "num_classes": len(official.meta["categories"])}
+    return model
+
+
+def _check(name):
+    if name not in NAMES:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NAMES)}")

@@ -1,0 +1,71 @@
+"""Intervals and tests for small samples, so that no accuracy or ratio is a bare number."""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """`successes` out of `n` with its Wilson interval: `.value`, `.low`, `.high` between 0 and 1.
+
+    Wilson, *Probable Inference, the Law of Succession, and Statistical Inference*, JASA 1927.
+    """
+
+    successes: int
+    n: int
+    confidence: float = 0.95
+
+    def __post_init__(self):
+        if self.n < 1 or not 0 <= self.successes <= self.n:
+            raise ValueError(f"need 0 <= successes <= n and n >= 1, got {self.successes} of {self.n}")
+
+    @property
+    def value(self):
+        return self.successes / self.n
+
+    @property
+    def low(self):
+        return self._wilson(-1)
+
+    @property
+    def high(self):
+        return self._wilson(+1)
+
+    def _wilson(self, sign):
+        z = NormalDist().inv_cdf((1 + self.confidence) / 2)
+        p, n = self.value, self.n
+        centre = p + z * z / (2 * n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return min(1.0, max(0.0, (centre + sign * half) / (1 + z * z / n)))
+
+    def __str__(self):
+        return f"{self.value:.2%} [{self.low:.2%}, {self.high:.2%}]"
+
+
+def mcnemar(fixed, broke):
+    """Return the two-sided exact p-value that two models err equally often, given their discordant pairs.
+
+    fixed, broke: images that only the second / only the first model gets right. With no such image the p-value is 1.
+    McNemar, *Note on the sampling error of the difference between correlated proportions or percentages*, 1947.
+    """
+    if fixed < 0 or broke < 0:
+        raise ValueError(f"counts cannot be negative, got {fixed} and {broke}")
+    n, k = fixed + broke, min(fixed, broke)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def paired_difference(fixed, broke, n, confidence=0.95):
+    """Return `(difference, low, high)` of two accuracies on the same `n` images, from their discordant pairs.
+
+    Agresti & Min, *Simple improved confidence intervals for comparing matched proportions*, Statistics in Medicine 2005
+    (Wald interval after adding half an observation to each of the four cells).
+    """
+    if n < 1 or fixed < 0 or broke < 0 or fixed + broke > n:
+        raise ValueError(f"need fixed + broke <= n, got {fixed} + {broke} of {n}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    f, b, m = fixed + 0.5, broke + 0.5, n + 2
+    centre = (f - b) / m
+    half = z * math.sqrt((f + b) - (f - b) ** 2 / m) / m
+    return (fixed - broke) / n, centre - half, centre + half

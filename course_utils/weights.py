@@ -1,0 +1,61 @@
+"""The weights of whole networks: which layers have them, batch norm folded into them, copies with fewer bits."""
+
+import copy
+
+import torch
+from torch import nn
+
+from . import affine
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+def layers(model):
+    """Return the convolution and linear layers of `model` as an ordered dict of name → module."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
+
+
+def fold_batch_norm(model):
+    """Return a copy of `model` (evaluation mode) whose batch norms are folded into the convolutions before them.
+
+    With γ, β, μ, σ² of the batch norm: weight · γ/√(σ²+ε) and (bias − μ) · γ/√(σ²+ε) + β, per output channel
+    (Krishnamoorthi 2018, section 3.2.2). The outputs stay the same up to rounding; a folded batch norm becomes `Identity`.
+    A convolution whose output is used elsewhere too keeps its batch norm.
+    """
+    model = copy.deepcopy(model).eval()
+    graph = torch.fx.symbolic_trace(model).graph
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(model.get_submodule(node.target), nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) > 1:
+            continue
+        convolution = model.get_submodule(before.target)
+        if not isinstance(convolution, nn.Conv2d):
+            continue
+        folded = nn.utils.fuse_conv_bn_eval(convolution, model.get_submodule(node.target))
+        model.set_submodule(before.target, folded)
+        model.set_submodule(node.target, nn.Identity())
+    return model
+
+
+def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=True, keep=()):
+    """Return a copy of `model` whose convolution and linear weights are rounded to `bits` bits (biases stay float32).
+
+    axis=0: one scale per output channel; axis=None: one per tensor; group_size: see `affine.choose_qparams`.
+    keep: names of layers left in float32. The copy computes in float32: it shows the accuracy of few bits, not their speed.
+    Raises `ValueError` when `keep` names a layer that the model does not have.
+    """
+    model = copy.deepcopy(model)
+    found = layers(model)
+    unknown = set(keep) - set(found)
+    if unknown:
+        raise ValueError(f"no convolution or linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(found)}")
+    for name, layer in found.items():
+        if name not in keep:
+            w = layer.weight.data
+            qparams = affine.choose_qparams(
+                w, bits=bits, symmetric=symmetric, axis=None if group_size else axis, group_size=group_size
+            )
+            layer.weight.data = affine.fake_quantize(w, qparams)
+    return model
