@@ -42,7 +42,7 @@ def flags():
 
 
 def has_vnni():
-    """Return whether an x86 processor sums INT8 products straight into INT32 (without it, kernels may saturate at 16 bits)."""
+    """Return whether an x86 processor sums INT8 products straight into INT32 (else kernels may saturate at 16 bits)."""
     return bool(flags() & {"avx512_vnni", "avx_vnni"})
 
 

@@ -114,3 +114,20 @@ def write_text(path, text):
     """Write `text` (UTF-8) to `path` in one step."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def results_dir():
+    """Return the folder for what your own runs make: `$COURSE_RESULTS`, else `results/` of the checkout; it is created.
+
+    In a read-only checkout it is a folder in the system's temporary directory.
+    """
+    folder = Path(os.environ.get("COURSE_RESULTS") or data_dir().parent / "results")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    folder = Path(tempfile.gettempdir()) / "squeeze-and-speed-up"
+    folder.mkdir(exist_ok=True)
+    return folder

@@ -69,3 +69,21 @@ def paired_difference(fixed, broke, n, confidence=0.95):
     centre = (f - b) / m
     half = z * math.sqrt((f + b) - (f - b) ** 2 / m) / m
     return (fixed - broke) / n, centre - half, centre + half
+
+
+def bootstrap_ratio(numerator, denominator, *, confidence=0.95, resamples=2000, seed=0):
+    """Return `(ratio, low, high)` of the medians of two paired samples (the same rounds), with a percentile bootstrap.
+
+    numerator, denominator: sequences of positive numbers of equal length. Rounds are resampled together, so that noise which
+    met both in one round cancels. Efron & Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 13.
+    """
+    import torch
+
+    a, b = (torch.tensor(x, dtype=torch.float64) for x in (numerator, denominator))
+    if len(a) != len(b) or len(a) == 0:
+        raise ValueError(f"need two samples of equal length, got {len(a)} and {len(b)}")
+    chosen = torch.randint(len(a), (resamples, len(a)), generator=torch.Generator().manual_seed(seed))
+    ratios = a[chosen].quantile(0.5, dim=1) / b[chosen].quantile(0.5, dim=1)
+    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
+    low, high = ratios.quantile(tails).tolist()
+    return float(a.quantile(0.5) / b.quantile(0.5)), low, high

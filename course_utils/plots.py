@@ -1,0 +1,163 @@
+"""The course's pictures: each function draws one idea on a matplotlib figure and returns it."""
+
+import matplotlib.pyplot as plt
+import torch
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
+
+
+def setup():
+    """Set the course's style, and make notebook pictures that are the same bytes for the same data."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 90,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+        }
+    )
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("png", metadata={"Software": None})
+
+
+def number_bits(rows, title=""):
+    """Draw the bits of numbers: rows of `(label, bits, exponent_bits)` with bits as text of 0 and 1, sign bit first."""
+    width = max(len(bits) for _, bits, _ in rows)
+    figure, axis = plt.subplots(figsize=(0.27 * width + 2.2, 0.5 * len(rows) + 0.6))
+    for y, (label, bits, exponent_bits) in enumerate(reversed(rows)):
+        for x, bit in enumerate(bits):
+            colour = RED if x == 0 else (GREEN if x <= exponent_bits else BLUE)
+            axis.add_patch(plt.Rectangle((x, y + 0.1), 0.94, 0.8, color=colour, alpha=0.85 if bit == "1" else 0.25, lw=0))
+            axis.text(x + 0.47, y + 0.5, bit, ha="center", va="center", fontsize=8)
+        axis.text(-0.4, y + 0.5, label, ha="right", va="center")
+    axis.set(xlim=(-0.2, width), ylim=(0, len(rows)), title=title)
+    axis.axis("off")
+    return figure
+
+
+def histogram_with_grid(values, grids, *, bins=200, title=""):
+    """Draw one panel a grid: the histogram of `values` (tensor) and, as ticks below it, the values a grid can represent.
+
+    grids: dict of label → float tensor of representable values.
+    """
+    figure, axes = plt.subplots(len(grids), 1, figsize=(7.5, 1.5 * len(grids) + 0.4), sharex=True, squeeze=False)
+    flat = values.detach().flatten()
+    span = float(flat.abs().max()) * 1.05
+    low = min(0.0, float(flat.min()) * 1.05)
+    for axis, (label, grid) in zip(axes[:, 0], grids.items(), strict=True):
+        axis.hist(flat.numpy(), bins=bins, range=(low, span), color=BLUE, alpha=0.6, log=True)
+        bottom, top = 0.5, axis.get_ylim()[1]
+        axis.set_ylim(bottom / 6, top)
+        axis.vlines(grid.numpy(), bottom / 6, bottom, color=ORANGE, lw=0.8)
+        axis.set_ylabel(label, rotation=0, ha="right", va="center")
+        axis.set_yticks([])
+    axes[0, 0].set_title(title)
+    axes[-1, 0].set_xlabel("value (orange: what the format can represent)")
+    return figure
+
+
+def predictions(pixels, labels, probabilities, classes):
+    """Draw grey images, and under each what every model believes.
+
+    pixels: uint8 `(n, 28, 28)`; labels: `(n,)`; probabilities: dict of model name → `(n, classes)`.
+    """
+    n = len(pixels)
+    figure, axes = plt.subplots(1 + len(probabilities), n, figsize=(1.45 * n + 1, 1.5 + 1.0 * len(probabilities)), squeeze=False)
+    for i in range(n):
+        axes[0, i].imshow(pixels[i], cmap="gray_r")
+        axes[0, i].set_title(classes[int(labels[i])], fontsize=9)
+        axes[0, i].axis("off")
+        for axis, (name, shares) in zip(axes[1:, i], probabilities.items(), strict=True):
+            best = int(shares[i].argmax())
+            colours = [GREY] * len(classes)
+            colours[best] = GREEN if best == int(labels[i]) else RED
+            axis.bar(range(len(classes)), shares[i].numpy(), color=colours)
+            axis.set(ylim=(0, 1), xticks=[], yticks=[])
+            axis.set_xlabel(classes[best], fontsize=8, color=colours[best])
+            if i == 0:
+                axis.set_ylabel(name, rotation=0, ha="right", va="center")
+    return figure
+
+
+def filters(weights, labels):
+    """Draw the first filters of a convolution side by side at several precisions: one row a weight `(out, in, h, w)`."""
+    n = 16
+    figure, axes = plt.subplots(len(weights), n, figsize=(9, 0.62 * len(weights) + 0.2))
+    limit = float(weights[0][:n, 0].abs().max())
+    for row, weight, label in zip(axes, weights, labels, strict=True):
+        for i, axis in enumerate(row):
+            axis.imshow(weight[i, 0].detach(), cmap="RdBu", vmin=-limit, vmax=limit)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    return figure
+
+
+def ladder(results, *, chance=0.1, title="", reference=None):
+    """Draw accuracy against bits: results is a dict of scheme → {bits: Proportion}; bars show the 95 % interval."""
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    markers = iter("osD^v")
+    for scheme, by_bits in results.items():
+        bits = sorted(by_bits, reverse=True)
+        value = torch.tensor([by_bits[b].value for b in bits])
+        below = value - torch.tensor([by_bits[b].low for b in bits])
+        above = torch.tensor([by_bits[b].high for b in bits]) - value
+        axis.errorbar(bits, 100 * value, yerr=100 * torch.stack([below, above]), marker=next(markers), capsize=3, label=scheme)
+    if reference is not None:
+        axis.axhline(100 * reference.value, color=GREY, lw=1, ls="--", label="FP32")
+    axis.axhline(100 * chance, color=GREY, lw=1, ls=":", label="guessing")
+    axis.invert_xaxis()
+    axis.set(xlabel="bits per weight", ylabel="accuracy, %", title=title, ylim=(0, 100), xticks=bits)
+    axis.legend()
+    return figure
+
+
+def intervals(rows, *, xlabel, title="", baseline=None):
+    """Draw one dot with its interval a row: rows of `(label, value, low, high)`; `baseline` is a dashed line."""
+    figure, axis = plt.subplots(figsize=(7, 0.42 * len(rows) + 1))
+    for y, (label, value, low, high) in enumerate(reversed(rows)):
+        axis.plot([low, high], [y, y], color=BLUE, lw=2)
+        axis.plot(value, y, "o", color=BLUE)
+    axis.set(yticks=range(len(rows)), yticklabels=[row[0] for row in reversed(rows)], xlabel=xlabel, title=title)
+    if baseline is not None:
+        axis.axvline(baseline, color=GREY, ls="--", lw=1)
+    return figure
+
+
+def channel_ranges(weight, *, title=""):
+    """Draw the smallest and largest weight of each output channel of `weight` (out, ...), sorted by range."""
+    rows = weight.detach().flatten(1)
+    order = (rows.amax(1) - rows.amin(1)).argsort(descending=True)
+    low, high = rows.amin(1)[order], rows.amax(1)[order]
+    figure, axis = plt.subplots(figsize=(7.5, 2.6))
+    axis.bar(range(len(rows)), high - low, bottom=low, color=BLUE, width=0.85)
+    axis.axhline(0, color="black", lw=0.6)
+    axis.set(xlabel="output channel, widest first", ylabel="weight range", title=title)
+    return figure
+
+
+def bars(values, *, xlabel, title="", colours=None):
+    """Draw horizontal bars: values is a dict of label → number."""
+    figure, axis = plt.subplots(figsize=(7, 0.42 * len(values) + 0.9))
+    axis.barh(list(values)[::-1], list(values.values())[::-1], color=(colours or [BLUE] * len(values))[::-1])
+    axis.set(xlabel=xlabel, title=title)
+    return figure
+
+
+def lines(x, series, *, xlabel, ylabel, title="", log=False):
+    """Draw curves over a common axis: series is a dict of label → values; `log` makes both axes logarithmic."""
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    for label, values in series.items():
+        axis.plot(x, values, label=label, lw=1.2)
+    if log:
+        axis.set(xscale="log", yscale="log")
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if len(series) > 1:
+        axis.legend()
+    return figure

@@ -1,0 +1,29 @@
+"""Small tables that read well as plain text, in a notebook and in a README."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column titles and rows of text; the first column is left-aligned, the others right-aligned."""
+
+    columns: list[str]
+    rows: list[list[str]]
+
+    def __str__(self):
+        lines = [self.columns, *self.rows]
+        widths = [max(len(str(line[i])) for line in lines) for i in range(len(self.columns))]
+        text = [
+            "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        ]
+        return "\n".join(line.rstrip() for line in text)
+
+    __repr__ = __str__
+
+    def markdown(self):
+        """Return the table as GitHub-flavoured Markdown."""
+        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
+        return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
+
+    _repr_markdown_ = markdown

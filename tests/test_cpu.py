@@ -1,0 +1,62 @@
+"""The processor's facts, read from /proc/cpuinfo as x86 and ARM write it, and guessed elsewhere."""
+
+import pytest
+
+from course_utils import cpu
+
+X86 = "processor\t: 0\nmodel name\t: A Xeon\nflags\t\t: fpu avx2 avx512f avx512_vnni\n\nprocessor\t: 1\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 48.00\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
+
+
+@pytest.fixture
+def cpuinfo(monkeypatch):
+    def give(text):
+        def read_text(path):
+            if text is None:
+                raise FileNotFoundError
+            return text
+
+        monkeypatch.setattr(cpu.Path, "read_text", read_text)
+
+    return give
+
+
+def test_x86(cpuinfo):
+    cpuinfo(X86)
+    assert cpu.name() == "A Xeon"
+    assert cpu.flags() == {"fpu", "avx2", "avx512f", "avx512_vnni"}
+    assert cpu.has_vnni()
+
+
+def test_arm(cpuinfo):
+    cpuinfo(ARM)
+    assert cpu.flags() == {"fp", "asimd", "asimddp"}
+    assert not cpu.has_vnni()
+
+
+def test_mac(cpuinfo, monkeypatch):
+    cpuinfo(None)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "arm64")
+    monkeypatch.setattr(cpu.platform, "system", lambda: "Darwin")
+    assert cpu.flags() == {"asimd", "asimddp"}
+    assert cpu.name()
+
+
+def test_elsewhere_torch_knows_the_coarse_capability(cpuinfo, monkeypatch):
+    torch = pytest.importorskip("torch")
+    cpuinfo(None)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: "AMD64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert cpu.flags() == {"avx2"}
+
+
+def test_container_limit_counts(cpuinfo):
+    cpuinfo(str(2**30))
+    assert cpu.memory_gib() == 1.0
+    cpuinfo("max\n")
+    assert cpu.memory_gib() > 1.0
+
+
+def test_this_machine():
+    assert cpu.cores() >= 1
+    assert cpu.memory_gib() is None or cpu.memory_gib() > 0

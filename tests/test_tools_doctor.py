@@ -1,0 +1,150 @@
+"""`make doctor`: what it finds on this machine, and what it says about machines with faults."""
+
+import getpass
+import json
+from pathlib import Path
+
+import pytest
+
+from course_utils import cpu
+from course_utils.tools import doctor
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return doctor.examine()
+
+
+def named(findings, what):
+    return [finding for finding in findings if finding.what == what]
+
+
+def test_every_subject_is_covered(findings):
+    subjects = {finding.what for finding in findings}
+    expected = {
+        "Python",
+        "torch",
+        "torchvision",
+        "torchao",
+        "packages",
+        "CPU",
+        "INT8 engines",
+        "memory",
+        "C++ compiler",
+    }
+    assert expected | set(doctor.ENGINES) | {"data"} <= subjects
+    assert {finding.status for finding in findings} <= {"OK", "WARN", "FAIL"}
+
+
+def test_this_environment_is_fit(findings):
+    for what in ("Python", "torch", "torchvision", "packages", "INT8 engines"):
+        assert [finding.status for finding in named(findings, what)] == ["OK"]
+
+
+def test_report_names_no_path_and_no_user(findings):
+    report = "\n".join(map(str, findings))
+    assert str(Path.home()) not in report
+    assert str(doctor.PYPROJECT.parent) not in report
+    assert getpass.getuser() not in report.split()
+
+
+def test_whatever_is_wrong_comes_with_a_remedy(findings):
+    assert all(
+        finding.fix for finding in findings if finding.status == "FAIL" and finding.what not in ("data", "packages")
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "requirement", "fits"),
+    [
+        ("2.14.1", "torch>=2.14.0", True),
+        ("2.14.1+cpu", "torch==2.14.1", True),
+        ("2.14.1+cu130", "torch (==2.14.1)", True),
+        ("2.13.0+cpu", "torch==2.14.1", False),
+        ("2.13.0", "torch>=2.14.0", False),
+        ("2.13.0", "torch>=2.14.0 ; extra == 'other'", True),
+        ("2.13.0", "numpy>=99", True),
+    ],
+)
+def test_mismatch(version, requirement, fits):
+    problem = doctor.mismatch("torchvision", "torch", version, requirements=[requirement])
+    assert (problem is None) == fits
+    assert fits or version in problem
+
+
+def test_torchvision_of_another_torch_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.29.1"}.get)
+    found = named(doctor.torch_and_vision(), "torchvision")
+    assert [finding.status for finding in found] == ["FAIL"]
+    assert "found 2.13.0+cpu" in found[0].found
+    assert "make setup" in found[0].fix
+
+
+def test_missing_torch_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert {finding.status for finding in doctor.torch_and_vision()} == {"FAIL"}
+    assert [finding.status for finding in doctor.torchao()] == ["OK"]
+
+
+def test_package_out_of_range_fails(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.0.1" if name == "matplotlib" else None)
+    found = list(doctor.packages())
+    assert {finding.status for finding in found} == {"FAIL"}
+    assert named(found, "matplotlib")[0].found.startswith("0.0.1, wanted ")
+    assert named(found, "tqdm")[0].found.startswith("not installed, wanted ")
+
+
+def test_broken_torchao_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.1")
+    monkeypatch.setattr(doctor, "_import_error", lambda name: "does not load")
+    assert [finding.status for finding in doctor.torchao()] == ["WARN"]
+
+
+def test_little_memory_is_a_warning(monkeypatch):
+    monkeypatch.setattr(cpu, "memory_gib", lambda: 1.0)
+    assert [finding.status for finding in doctor.memory()] == ["WARN"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "family", "status"),
+    [
+        ({"avx2"}, "VNNI", "WARN"),
+        (set(), "AVX2", "WARN"),
+        ({"avx2", "avx_vnni"}, "VNNI", "OK"),
+        ({"avx2"}, "AMX", "OK"),
+    ],
+)
+def test_instruction_sets_of_x86(monkeypatch, flags, family, status):
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(cpu, "flags", lambda: flags)
+    assert [finding.status for finding in named(doctor.processor(), family)] == [status]
+
+
+def test_instruction_sets_of_arm(monkeypatch):
+    monkeypatch.setattr(doctor.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(cpu, "flags", lambda: {"asimd", "asimddp"})
+    found = named(doctor.processor(), "NEON")
+    assert found[0].status == "OK" and "asimddp" in found[0].found
+
+
+def test_altered_data_file_fails_with_its_remedy(monkeypatch, tmp_path):
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"a.gz": {"bytes": 3, "sha256": "0" * 64}, "b.gz": {"bytes": 1}})
+    )
+    (tmp_path / "a.gz").write_bytes(b"abc")
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path))
+    altered, missing = doctor.data_files()
+    assert (altered.status, missing.status) == ("FAIL", "FAIL")
+    assert "data/a.gz was altered" in altered.found and "git checkout" in altered.found
+    assert "data/b.gz is missing" in missing.found
+    assert str(tmp_path) not in f"{altered}{missing}"
+
+
+def test_exit_code_tells_whether_anything_failed(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "examine", lambda: [doctor.Finding("WARN", "memory", "little")])
+    assert doctor.main() == 0
+    monkeypatch.setattr(
+        doctor, "examine", lambda: [doctor.Finding("FAIL", "torch", "not installed", "run `make setup`")]
+    )
+    assert doctor.main() == 1
+    assert "FAIL  torch               not installed  → run `make setup`" in capsys.readouterr().out
