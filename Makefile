@@ -3,13 +3,14 @@
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(ENGINES),engines))
 NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDGER_BASE="$(CURDIR)/data/ledger.json" \
 	IPYTHONDIR="$$scratch/ipython" CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0
+# torch and what only it brings stay out: its builds differ by machine.
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
-	--custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
+	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
 .PHONY: help setup run-all test lint unit test-notebooks lab doctor train report lock clean always
 .NOTPARALLEL:
@@ -79,6 +80,7 @@ else
 endif
 	@$(PIP) --no-deps -e .
 endif
+	@$(PY) -m pip --disable-pip-version-check check
 	@echo "$(VARIANT)" > $(INSTALLED)
 	@echo "Installed. \`make lab\` opens the course, \`make doctor\` looks at this machine."
 

@@ -63,17 +63,33 @@ def fashion_mnist(split, *, size=64):
     return images if split == "test" else images.subset(_split_indices(labels)[split])
 
 
-def batches(dataset, batch_size, *, limit=None):
-    """Yield `(images, labels)` in order: float32 `(b, 3, size, size)` normalised and channels_last, int64 `(b,)`.
+class Batches:
+    """The batches of `batches`: made anew at each pass, so that they can be gone through again and take no memory."""
 
-    limit: stop after that many images (the last batch is cut to fit). Raises `ValueError` for a batch_size below 1.
+    def __init__(self, dataset, batch_size, limit):
+        self.dataset, self.batch_size = dataset, batch_size
+        self.n = len(dataset) if limit is None else min(limit, len(dataset))
+
+    def __len__(self):
+        return -(-self.n // self.batch_size)
+
+    def __iter__(self):
+        for start in range(0, self.n, self.batch_size):
+            part = slice(start, min(start + self.batch_size, self.n))
+            yield preprocess(self.dataset.pixels[part], self.dataset.size), self.dataset.labels[part]
+
+
+def batches(dataset, batch_size, *, limit=None):
+    """Return an iterable of `(images, labels)`: float32 `(b, 3, size, size)` normalised and channels_last, int64 `(b,)`.
+
+    They come in order, can be iterated as often as you like, and `len()` is their number. limit: stop after that many
+    images (the last batch is cut to fit). Raises `ValueError` for a batch_size below 1 or a negative limit.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    n = len(dataset) if limit is None else min(limit, len(dataset))
-    for start in range(0, n, batch_size):
-        part = slice(start, min(start + batch_size, n))
-        yield preprocess(dataset.pixels[part], dataset.size), dataset.labels[part]
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must not be negative, got {limit}")
+    return Batches(dataset, batch_size, limit)
 
 
 def preprocess(pixels, size):

@@ -66,7 +66,9 @@ def verified(name):
         raise DataFileError(f"{path} has {stat.st_size:,} bytes, expected {entry['bytes']:,}. {_restore(name)}")
     found = _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
     if found != entry["sha256"]:
-        raise DataFileError(f"{path} was altered: sha256 {found[:12]}…, expected {entry['sha256'][:12]}…. {_restore(name)}")
+        raise DataFileError(
+            f"{path} was altered: sha256 {found[:12]}…, expected {entry['sha256'][:12]}…. {_restore(name)}"
+        )
     return path
 
 

@@ -89,7 +89,13 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     for key, value in model.state_dict().items():
         if key not in shapes:
             tensors[key] = value.half() if value.is_floating_point() else value
-    layout = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "shapes": shapes, "architecture": architecture}
+    layout = {
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "shapes": shapes,
+        "architecture": architecture,
+    }
     with files.replacing(path) as partial:
         save_file(tensors, partial, metadata={"format": FORMAT, "layout": json.dumps(layout)})
         return partial.stat().st_size
@@ -108,9 +114,13 @@ def load_packed(path):
     except Exception as error:  # safetensors raises its own type, FileNotFoundError passes through below
         if isinstance(error, FileNotFoundError):
             raise
-        raise ValueError(f"{path} is not a readable safetensors file ({error}): write it again with save_packed") from None
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}): write it again with save_packed"
+        ) from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by save_packed (format {metadata.get('format')!r}, expected {FORMAT!r})")
+        raise ValueError(
+            f"{path} was not written by save_packed (format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
     layout = json.loads(metadata["layout"])
     bits, group_size, symmetric = layout["bits"], layout["group_size"], layout["symmetric"]
     state = {}

@@ -18,6 +18,8 @@ from . import cpu
 from .stats import Proportion, bootstrap_ratio, mcnemar, paired_difference
 from .tables import Table
 
+NO_IMAGES = "no images to measure on: batches was empty (a generator can be used only once)"
+
 
 def accuracy(model, batches):
     """Return the share of images that `model` classifies right, as a `Proportion` with a 95 % interval.
@@ -26,11 +28,11 @@ def accuracy(model, batches):
     count and back afterwards. batches: iterable of `(images, labels)`. Raises `ValueError` when there is no image.
     """
     right = n = 0
-    for logits, labels in _outputs(model, batches):
+    for (logits,), labels in _outputs([model], batches):
         right += int((logits.argmax(1) == labels).sum())
         n += len(labels)
     if n == 0:
-        raise ValueError("no images to measure accuracy on: batches was empty (a generator can be used only once)")
+        raise ValueError(NO_IMAGES)
     return Proportion(right, n)
 
 
@@ -81,9 +83,8 @@ class Comparison:
 def compare(first, second, batches):
     """Return the `Comparison` of two models on the same images; arguments and errors as in `accuracy`."""
     n = a_right = b_right = flips = fixed = broke = 0
-    batches = list(batches)
-    for (a, labels), (b, _) in zip(_outputs(first, batches), _outputs(second, batches), strict=True):
-        a, b = a.argmax(1), b.argmax(1)
+    for outputs, labels in _outputs([first, second], batches):
+        a, b = (logits.argmax(1) for logits in outputs)
         n += len(labels)
         a_right += int((a == labels).sum())
         b_right += int((b == labels).sum())
@@ -91,20 +92,21 @@ def compare(first, second, batches):
         fixed += int(((a != labels) & (b == labels)).sum())
         broke += int(((a == labels) & (b != labels)).sum())
     if n == 0:
-        raise ValueError("no images to compare on: batches was empty (a generator can be used only once)")
+        raise ValueError(NO_IMAGES)
     return Comparison(n, Proportion(a_right, n), Proportion(b_right, n), flips, fixed, broke)
 
 
-def _outputs(model, batches):
-    training = getattr(model, "training", False)
-    if training:
+def _outputs(models, batches):
+    """Yield the logits of each model, in evaluation mode and without gradients, and the labels, batch by batch."""
+    training = [model for model in models if getattr(model, "training", False)]
+    for model in training:
         model.eval()
     try:
         with torch.no_grad():
             for images, labels in batches:
-                yield model(images), labels
+                yield [model(images) for model in models], labels
     finally:
-        if training:
+        for model in training:
             model.train()
 
 
@@ -135,7 +137,13 @@ class Timings(dict):
         """Return the timings as a `Table`."""
         baseline = next(iter(self))
         rows = [
-            [t.name, f"{t.median:.2f}", f"{t.q1:.2f} – {t.q3:.2f}", f"{t.speedup:.2f}×", f"{t.speedup_low:.2f} – {t.speedup_high:.2f}"]
+            [
+                t.name,
+                f"{t.median:.2f}",
+                f"{t.q1:.2f} – {t.q3:.2f}",
+                f"{t.speedup:.2f}×",
+                f"{t.speedup_low:.2f} – {t.speedup_high:.2f}",
+            ]
             for t in self.values()
         ]
         return Table(["", "median ms", "quartiles", f"speed-up over {baseline}", "95 % interval"], rows)
@@ -224,7 +232,9 @@ def peak_memory(fn, *args):
     except Exception as error:
         raise ValueError(f"a fresh process cannot import this function or its arguments ({error})") from None
     if getattr(fn, "__module__", None) == "__main__":
-        raise ValueError(f"{fn.__qualname__} is defined in this session: move it into a module, a fresh process must import it")
+        raise ValueError(
+            f"{fn.__qualname__} is defined in this session: move it into a module, a fresh process must import it"
+        )
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return PeakMemory(*pool.submit(_run_and_watch, fn, args).result())

@@ -1,12 +1,11 @@
 """The course's networks: torchvision's own architectures, with weights trained here or torchvision's official ones."""
 
 from . import files
-from .data import CLASSES
 
 NAMES = ("resnet18", "mobilenet_v2")
 
 
-def build(name, *, num_classes=len(CLASSES)):
+def build(name, *, num_classes=10):
     """Return torchvision's architecture `name` with random weights, float32, in training mode.
 
     Input is float32 `(n, 3, height, width)`, output float32 logits `(n, num_classes)`.
@@ -51,7 +50,9 @@ def load(name, *, weights="course"):
         from safetensors.torch import load_file
 
         stored = load_file(files.verified(checkpoint(name)))
-        model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in stored.items()})
+        model.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
+        )
     elif weights is not None:
         raise ValueError(f'unknown weights {weights!r}: choose "course", "imagenet" or None')
     return model.eval()

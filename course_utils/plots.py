@@ -34,7 +34,9 @@ def number_bits(rows, title=""):
     for y, (label, bits, exponent_bits) in enumerate(reversed(rows)):
         for x, bit in enumerate(bits):
             colour = RED if x == 0 else (GREEN if x <= exponent_bits else BLUE)
-            axis.add_patch(plt.Rectangle((x, y + 0.1), 0.94, 0.8, color=colour, alpha=0.85 if bit == "1" else 0.25, lw=0))
+            axis.add_patch(
+                plt.Rectangle((x, y + 0.1), 0.94, 0.8, color=colour, alpha=0.85 if bit == "1" else 0.25, lw=0)
+            )
             axis.text(x + 0.47, y + 0.5, bit, ha="center", va="center", fontsize=8)
         axis.text(-0.4, y + 0.5, label, ha="right", va="center")
     axis.set(xlim=(-0.2, width), ylim=(0, len(rows)), title=title)
@@ -69,7 +71,9 @@ def predictions(pixels, labels, probabilities, classes):
     pixels: uint8 `(n, 28, 28)`; labels: `(n,)`; probabilities: dict of model name → `(n, classes)`.
     """
     n = len(pixels)
-    figure, axes = plt.subplots(1 + len(probabilities), n, figsize=(1.45 * n + 1, 1.5 + 1.0 * len(probabilities)), squeeze=False)
+    figure, axes = plt.subplots(
+        1 + len(probabilities), n, figsize=(1.45 * n + 1, 1.5 + 1.0 * len(probabilities)), squeeze=False
+    )
     for i in range(n):
         axes[0, i].imshow(pixels[i], cmap="gray_r")
         axes[0, i].set_title(classes[int(labels[i])], fontsize=9)
@@ -108,7 +112,9 @@ def ladder(results, *, chance=0.1, title="", reference=None):
         value = torch.tensor([by_bits[b].value for b in bits])
         below = value - torch.tensor([by_bits[b].low for b in bits])
         above = torch.tensor([by_bits[b].high for b in bits]) - value
-        axis.errorbar(bits, 100 * value, yerr=100 * torch.stack([below, above]), marker=next(markers), capsize=3, label=scheme)
+        axis.errorbar(
+            bits, 100 * value, yerr=100 * torch.stack([below, above]), marker=next(markers), capsize=3, label=scheme
+        )
     if reference is not None:
         axis.axhline(100 * reference.value, color=GREY, lw=1, ls="--", label="FP32")
     axis.axhline(100 * chance, color=GREY, lw=1, ls=":", label="guessing")
@@ -121,7 +127,7 @@ def ladder(results, *, chance=0.1, title="", reference=None):
 def intervals(rows, *, xlabel, title="", baseline=None):
     """Draw one dot with its interval a row: rows of `(label, value, low, high)`; `baseline` is a dashed line."""
     figure, axis = plt.subplots(figsize=(7, 0.42 * len(rows) + 1))
-    for y, (label, value, low, high) in enumerate(reversed(rows)):
+    for y, (_, value, low, high) in enumerate(reversed(rows)):
         axis.plot([low, high], [y, y], color=BLUE, lw=2)
         axis.plot(value, y, "o", color=BLUE)
     axis.set(yticks=range(len(rows)), yticklabels=[row[0] for row in reversed(rows)], xlabel=xlabel, title=title)

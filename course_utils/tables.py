@@ -14,7 +14,10 @@ class Table:
         lines = [self.columns, *self.rows]
         widths = [max(len(str(line[i])) for line in lines) for i in range(len(self.columns))]
         text = [
-            "  ".join(str(c).ljust(w) if i == 0 else str(c).rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                str(c).ljust(w) if i == 0 else str(c).rjust(w)
+                for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in lines
         ]
         return "\n".join(line.rstrip() for line in text)

@@ -50,7 +50,9 @@ def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=Tru
     found = layers(model)
     unknown = set(keep) - set(found)
     if unknown:
-        raise ValueError(f"no convolution or linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(found)}")
+        raise ValueError(
+            f"no convolution or linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(found)}"
+        )
     for name, layer in found.items():
         if name not in keep:
             w = layer.weight.data

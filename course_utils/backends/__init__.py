@@ -126,11 +126,15 @@ def load(path, *, model=None):
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): save the model again") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by backends.save (format {metadata.get('format')!r}, expected {FORMAT!r})")
+        raise ValueError(
+            f"{path} was not written by backends.save (format {metadata.get('format')!r}, expected {FORMAT!r})"
+        )
     recipe = json.loads(metadata["recipe"])
     if model is None:
         if recipe["architecture"] is None:
-            raise ValueError(f"{path} holds a model that course_utils.models does not know: pass the float module as model=")
+            raise ValueError(
+                f"{path} holds a model that course_utils.models does not know: pass the float module as model="
+            )
         from .. import models
 
         model = models.build(**recipe["architecture"])

@@ -75,7 +75,9 @@ def rebuild(model, recipe, tensors, rest):
         state = converted.state_dict()  # filled in place: it carries the layout versions that loading asks for
         if state.keys() != rest.keys():
             strange = ", ".join(sorted(state.keys() ^ rest.keys())[:3])
-            raise ValueError(f"the stored weights do not fit this {type(model).__name__}; they differ in {strange}, ...")
+            raise ValueError(
+                f"the stored weights do not fit this {type(model).__name__}; they differ in {strange}, ..."
+            )
         state.update({key: _restore(key, what, tensors) for key, what in rest.items()})
         try:
             converted.load_state_dict(state)
@@ -109,7 +111,9 @@ def _qconfigs(recipe):
             ),
         )
     else:
-        activation_observer = observer.HistogramObserver if recipe["observer"] == "histogram" else observer.MinMaxObserver
+        activation_observer = (
+            observer.HistogramObserver if recipe["observer"] == "histogram" else observer.MinMaxObserver
+        )
         qconfig = QConfig(
             activation=activation_observer.with_args(**activation_range),
             weight=weight_observer.with_args(**weight_range),

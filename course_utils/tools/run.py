@@ -132,11 +132,12 @@ def _run_one(path, target, outcome, fast, ledger, scratch, timeout):
     try:
         notebook, parameters = _load(path, fast)
         environment = _environment(scratch, "fast" if fast else "full", records, ledger)
-        files.write_text(target, to_text(_execute(notebook, parameters, path.parent, environment, progress, timeout)))
+        executed = _execute(notebook, parameters, path.parent, environment, progress, timeout)
         if records.exists():
             from course_utils import ledger as ledgers
 
             ledgers.merge(records, ledger)
+        files.write_text(target, to_text(executed))
         outcome.verdict = "ok"
     except Exception as error:  # whatever it is, the other notebooks still run
         outcome.verdict = f"FAILED {progress.where}".rstrip()
@@ -221,7 +222,7 @@ def _execute(notebook, parameters, folder, environment, progress, timeout):
 def _death(kernel):
     code = run_sync(kernel.provisioner.poll)()
     if code is not None and code < 0:
-        why = "; the system does that when memory runs out" if -code == getattr(signal, "SIGKILL", 9) else ""
+        why = "; the system does that when memory runs out" if code == -9 else ""
         return f"the kernel died: killed by {signal.Signals(-code).name}{why}."
     return f"the kernel died: its process ended with exit code {code}."
 
@@ -285,7 +286,7 @@ def _print_table(outcomes):
 
 
 def main(arguments=None):
-    """Parse the command line and run; after a full run that passed, write the README's results. Return the exit code."""
+    """Parse the command line and run; a full run that passed also writes the README's results. Return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m course_utils.tools.run", description="Run the course's notebooks.")
     parser.add_argument("--fast", action="store_true", help="smaller parameters; outputs go to results/fast/")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="notebooks that begin with these, e.g. 03")

@@ -1,0 +1,146 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from course_utils import files
+
+
+@pytest.fixture
+def small_data(tmp_path, monkeypatch):
+    """A data folder with one file and a manifest that fits it."""
+    folder = tmp_path / "data"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "letters.txt").write_text("abcdef")
+    monkeypatch.setenv("COURSE_DATA", str(folder))
+    (folder / files.MANIFEST).write_text("{}")
+    files.update_manifest("letters.txt", licence="MIT")
+    return folder
+
+
+def test_replacing_puts_the_new_file_in_place(tmp_path):
+    target = tmp_path / "deep" / "file.txt"
+    for text in ("first", "second"):
+        with files.replacing(target) as partial:
+            partial.write_text(text)
+        assert target.read_text() == text
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_the_old_file_stays_whole_until_the_new_one_is_complete(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with files.replacing(target) as partial:
+        partial.write_text("new")
+        assert target.read_text() == "old" and partial.parent == target.parent
+
+
+def test_an_error_while_writing_keeps_the_old_file_and_leaves_nothing_else(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.replacing(target) as partial:
+        partial.write_text("half a n")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_writer_keeps_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    target.write_text("old")
+    program = (
+        "import os, signal, sys; from course_utils import files\n"
+        "with files.replacing(sys.argv[1]) as partial:\n"
+        "    partial.write_text('half a n'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(target)]).returncode == -9
+    assert target.read_text() == "old"
+
+
+def test_a_replaced_file_keeps_its_permissions(tmp_path):
+    target = tmp_path / "file.txt"
+    files.write_text(target, "first")
+    assert target.stat().st_mode & 0o777 == 0o644
+    target.chmod(0o755)
+    files.write_text(target, "second")
+    assert target.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_whole_file_is_verified(small_data):
+    assert files.verified("letters.txt") == small_data / "letters.txt"
+
+
+def test_update_manifest_states_what_is_there_and_keeps_other_entries(small_data):
+    (small_data / "checkpoints" / "a.bin").write_bytes(b"123")
+    files.update_manifest("checkpoints/a.bin", seconds=5)
+    entries = json.loads((small_data / files.MANIFEST).read_text())
+    assert entries["checkpoints/a.bin"] == {
+        "bytes": 3,
+        "sha256": "a665a45920422f9d417e4867efdc4fb8a04a1f3fff1fa07e998e86f7f7a27ae3",
+        "seconds": 5,
+    }
+    assert entries["letters.txt"]["licence"] == "MIT"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), ["is missing", "expected 6 bytes"]),
+        (lambda path: path.write_text("abc"), ["has 3 bytes", "expected 6"]),
+        (lambda path: path.write_text("abcdeF"), ["altered", "sha256", "expected bef57ec7f53a"]),
+    ],
+    ids=["missing", "truncated", "altered"],
+)
+def test_a_damaged_file_is_named_with_what_was_expected_and_how_to_restore_it(small_data, damage, said):
+    damage(small_data / "letters.txt")
+    with pytest.raises(files.DataFileError) as caught:
+        files.verified("letters.txt")
+    for words in [str(small_data / "letters.txt"), "git checkout -- data/letters.txt", *said]:
+        assert words in str(caught.value)
+
+
+def test_alteration_is_noticed_after_a_file_was_found_whole(small_data):
+    files.verified("letters.txt")
+    (small_data / "letters.txt").write_text("fedcba")
+    with pytest.raises(files.DataFileError, match="altered"):
+        files.verified("letters.txt")
+
+
+def test_a_checkpoint_can_also_be_trained_again(small_data):
+    (small_data / "checkpoints" / "a.bin").write_bytes(b"123")
+    files.update_manifest("checkpoints/a.bin")
+    (small_data / "checkpoints" / "a.bin").unlink()
+    with pytest.raises(files.DataFileError, match="make train"):
+        files.verified("checkpoints/a.bin")
+
+
+def test_a_file_without_entry_is_an_error_about_the_manifest(small_data):
+    with pytest.raises(files.DataFileError, match=f"strange.txt has no entry in {files.MANIFEST}"):
+        files.verified("strange.txt")
+
+
+@pytest.mark.parametrize("content", ['{"letters.txt": ', "[]", "\0"], ids=["cut", "list", "binary"])
+def test_a_manifest_that_cannot_be_read_is_one_clear_error(small_data, content):
+    (small_data / files.MANIFEST).write_text(content)
+    with pytest.raises(files.DataFileError) as caught:
+        files.verified("letters.txt")
+    for words in (str(small_data / files.MANIFEST), "not valid", f"git checkout -- data/{files.MANIFEST}"):
+        assert words in str(caught.value)
+
+
+def test_a_folder_without_manifest_is_not_taken_for_the_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path))
+    with pytest.raises(files.DataFileError, match="COURSE_DATA"):
+        files.data_dir()
+
+
+def test_results_go_where_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_RESULTS", str(tmp_path / "mine"))
+    assert files.results_dir() == tmp_path / "mine" and (tmp_path / "mine").is_dir()
+
+
+def test_results_of_a_read_only_checkout_go_to_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert files.results_dir() == tmp_path / "squeeze-and-speed-up"

@@ -1,0 +1,187 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from course_utils import affine, int4, models, weights
+from tests.conftest import fingerprint
+
+quick = settings(max_examples=80)
+
+
+@st.composite
+def integers(draw):
+    """Bits, signedness and integers that just fit, in a shape of 0 to 3 dimensions."""
+    bits, signed = draw(st.integers(1, 8)), draw(st.booleans())
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    shape = draw(st.lists(st.integers(0, 5), max_size=3))
+    n = torch.Size(shape).numel()
+    numbers = draw(st.lists(st.sampled_from([low, high]) | st.integers(low, high), min_size=n, max_size=n))
+    return bits, signed, torch.tensor(numbers, dtype=torch.int16).reshape(shape)
+
+
+@quick
+@given(case=integers())
+def test_what_is_packed_comes_back_from_exactly_the_bytes_it_needs(case):
+    bits, signed, q = case
+    packed = int4.pack(q, bits)
+    assert packed.dtype == torch.uint8 and packed.shape == (-(-q.numel() * bits // 8),)
+    found = int4.unpack(packed, q.shape, bits, signed=signed)
+    assert found.dtype == (torch.int8 if signed else torch.uint8)
+    assert found.shape == q.shape and torch.equal(found.to(torch.int16), q)
+
+
+@quick
+@given(case=integers())
+def test_the_first_integer_takes_the_lowest_bits_of_the_first_byte(case):
+    bits, _, q = case
+    as_one_number = sum((int(value) % 2**bits) << (bits * i) for i, value in enumerate(q.flatten()))
+    assert bytes(int4.pack(q, bits).tolist()) == as_one_number.to_bytes(-(-q.numel() * bits // 8), "little")
+
+
+def test_two_four_bit_integers_share_a_byte():
+    assert int4.pack(torch.tensor([1, -2, 7])).tolist() == [0xE1, 0x07]
+    assert int4.unpack(torch.tensor([0xE1, 0x07], dtype=torch.uint8), (3,)).tolist() == [1, -2, 7]
+
+
+def test_packing_does_not_hold_on_to_larger_memory():
+    packed = int4.pack(torch.zeros(3, dtype=torch.int8), 4)
+    assert packed.untyped_storage().nbytes() == 2
+
+
+def test_strides_do_not_matter():
+    q = torch.arange(-8, 8).reshape(4, 4).T
+    assert torch.equal(int4.unpack(int4.pack(q), (4, 4)), q.to(torch.int8))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "bits"), [([8, -1], 4), ([-9], 4), ([16], 4), ([2], 1), ([-1, 1], 1), ([256], 8), ([-1, 128], 8)]
+)
+def test_a_value_that_does_not_fit_is_refused(numbers, bits):
+    with pytest.raises(ValueError, match=f"do not fit in {bits} bits"):
+        int4.pack(torch.tensor(numbers), bits)
+
+
+def test_floats_and_impossible_widths_are_refused():
+    with pytest.raises(ValueError, match="integers, got torch.float32"):
+        int4.pack(torch.zeros(3))
+    for bits in (0, 9):
+        with pytest.raises(ValueError, match="between 1 and 8"):
+            int4.pack(torch.zeros(3, dtype=torch.int8), bits)
+        with pytest.raises(ValueError, match="between 1 and 8"):
+            int4.unpack(torch.zeros(3, dtype=torch.uint8), (3,), bits)
+
+
+@pytest.mark.parametrize(("n", "dtype"), [(1, torch.uint8), (3, torch.uint8), (2, torch.float32), (2, torch.int8)])
+def test_the_wrong_number_of_bytes_is_refused(n, dtype):
+    with pytest.raises(ValueError, match="3 integers of 4 bits need 2 bytes"):
+        int4.unpack(torch.zeros(n, dtype=dtype), (3,), 4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groupwise_scales_can_be_stored_in_half_precision(symmetric):
+    w = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0)) * 1e-3
+    w[0] = 1e-9
+    q, qparams = int4.quantize_groupwise(w, bits=4, group_size=4, symmetric=symmetric)
+    assert torch.equal(qparams.scale.half().float(), qparams.scale) and (qparams.scale > 0).all()
+    assert qparams.scale.shape == (6, 4)
+    error = (affine.dequantize(q, qparams) - w).abs().reshape(6, -1)
+    step = qparams.scale.repeat_interleave(4, 1)[:, :15]
+    assert (error <= 0.51 * step + 15 * step * 2**-10).all()
+
+
+def test_bits_per_weight_count_scales_and_zero_points():
+    assert int4.bits_per_weight(4, 32) == 4.5
+    assert int4.bits_per_weight(4, 32, symmetric=False) == 4.625
+
+
+def twin(model, bits, group_size, symmetric):
+    """What a packed file should stand for, computed without packing anything."""
+    found = weights.fold_batch_norm(model)
+    found.load_state_dict({k: v.half().float() for k, v in found.state_dict().items() if v.is_floating_point()})
+    for name, layer in weights.layers(weights.fold_batch_norm(model)).items():
+        q, qparams = int4.quantize_groupwise(layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric)
+        found.get_submodule(name).weight.data = affine.dequantize(q, qparams)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "group_size", "symmetric"),
+    [
+        ("resnet18", 4, 32, True),
+        ("resnet18", 3, 64, False),
+        ("mobilenet_v2", 2, 25, True),
+        ("mobilenet_v2", 8, 7, False),
+    ],
+)
+def test_a_packed_file_is_as_large_as_computed_and_loads_as_the_same_model(
+    tmp_path, request, images, name, bits, group_size, symmetric
+):
+    model, path = request.getfixturevalue(name), tmp_path / "model.safetensors"
+    before = fingerprint(model)
+    written = int4.save_packed(model, path, bits=bits, group_size=group_size, symmetric=symmetric)
+    assert written == path.stat().st_size and fingerprint(model) == before
+
+    folded = weights.fold_batch_norm(model)
+    expected = 0
+    for layer in weights.layers(folded).values():
+        rows, row_length = len(layer.weight), layer.weight[0].numel()
+        groups = rows * -(-row_length // group_size)
+        expected += -(-rows * row_length * bits // 8) + 2 * groups + (0 if symmetric else -(-groups * bits // 8))
+        expected += 2 * len(layer.bias)
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    assert written == 8 + header + expected
+
+    loaded = int4.load_packed(path)
+    assert not loaded.training
+    assert models.architecture(loaded) == models.architecture(model)
+    reference = twin(model, bits, group_size, symmetric)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), reference(images))
+
+
+def test_four_bits_in_groups_of_thirty_two_are_four_and_a_half_bits_a_weight(tmp_path, resnet18):
+    n = sum(p.numel() for p in resnet18.parameters())
+    written = int4.save_packed(resnet18, tmp_path / "model")
+    assert written / (4 * n) == pytest.approx(int4.bits_per_weight(4, 32) / 32, rel=0.01)
+
+
+def test_a_model_that_no_file_can_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="course_utils.models"):
+        int4.save_packed(torch.nn.Linear(4, 4), tmp_path / "model")
+    assert not list(tmp_path.glob("model*"))
+
+
+def test_another_file_is_refused(tmp_path):
+    path = tmp_path / "other"
+    save_file({"a": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="other was not written by save_packed"):
+        int4.load_packed(path)
+    path.write_text("hello")
+    with pytest.raises(ValueError, match="other is not a readable safetensors file"):
+        int4.load_packed(path)
+    with pytest.raises(FileNotFoundError):
+        int4.load_packed(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.9999])
+def test_a_truncated_file_is_refused(tmp_path, mobilenet_v2, share):
+    path = tmp_path / "model"
+    written = int4.save_packed(mobilenet_v2, path)
+    path.write_bytes(path.read_bytes()[: int(share * written)])
+    with pytest.raises(ValueError, match="model is not a readable safetensors file.*save_packed"):
+        int4.load_packed(path)
+
+
+def test_the_layout_in_the_file_can_be_read_without_the_course(tmp_path, mobilenet_v2):
+    path = tmp_path / "model"
+    int4.save_packed(mobilenet_v2, path, bits=3, group_size=16, symmetric=False)
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    layout = json.loads(header["__metadata__"]["layout"])
+    assert (layout["bits"], layout["group_size"], layout["symmetric"]) == (3, 16, False)
+    assert layout["shapes"]["classifier.1.weight"] == [10, 1280]
+    assert layout["architecture"] == {"name": "mobilenet_v2", "num_classes": 10}

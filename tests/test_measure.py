@@ -1,0 +1,205 @@
+import json
+import os
+import platform
+import signal
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from course_utils import backends, measure, models
+from course_utils.stats import Proportion, mcnemar
+
+
+class Says(nn.Module):
+    """A model that predicts what it was told, image after image; it notes the mode and gradients it was run under."""
+
+    def __init__(self, *predictions):
+        super().__init__()
+        self.predictions, self.seen = torch.tensor(predictions), []
+
+    def forward(self, x):
+        self.seen.append((self.training, torch.is_grad_enabled()))
+        return nn.functional.one_hot(self.predictions[x.flatten().long()], 3).float()
+
+
+def numbered(labels, batch_size=2):
+    """Batches whose images are their own index."""
+    x, y = torch.arange(len(labels)).float()[:, None], torch.tensor(labels)
+    return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+
+
+def test_accuracy_counts_what_is_right_over_all_batches():
+    assert measure.accuracy(Says(0, 1, 2, 0, 0), numbered([0, 1, 1, 0, 2])) == Proportion(3, 5)
+
+
+def test_accuracy_takes_any_callable():
+    assert measure.accuracy(lambda x: torch.eye(3)[x.flatten().long()], numbered([0, 1, 1])) == Proportion(2, 3)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_measuring_happens_in_evaluation_mode_without_gradients_and_restores_the_mode(training):
+    model = Says(0, 1, 2).train(training)
+    measure.accuracy(model, numbered([0, 1, 1]))
+    measure.compare(model, model, numbered([0, 1, 1]))
+    assert set(model.seen) == {(False, False)} and model.training is training
+
+
+def test_gradients_are_on_again_after_measuring():
+    measure.accuracy(Says(0, 1, 2), numbered([0, 1, 1]))
+    assert torch.is_grad_enabled()
+    measure.compare(Says(0, 1, 2), Says(0, 1, 1), numbered([0, 1, 1]))
+    assert torch.is_grad_enabled()
+
+
+def test_the_mode_is_restored_when_the_model_fails():
+    model = Says(0).train()
+    with pytest.raises(IndexError):
+        measure.accuracy(model, numbered([0, 1, 1]))
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_no_images_are_refused():
+    with pytest.raises(ValueError, match="only once"):
+        measure.accuracy(Says(0), [])
+    with pytest.raises(ValueError, match="only once"):
+        measure.compare(Says(0), Says(0), iter([]))
+
+
+def test_compare_counts_flips_and_who_is_right():
+    #        both  fixed  broke  other wrong class  both wrong alike
+    first = Says(0, 1, 1, 1, 2)
+    second = Says(0, 0, 0, 2, 2)
+    found = measure.compare(first, second, iter(numbered([0, 0, 1, 0, 0])))
+    assert (found.n, found.flips, found.fixed, found.broke) == (5, 3, 1, 1)
+    assert (found.first, found.second) == (Proportion(2, 5), Proportion(2, 5))
+    assert found.agreement == pytest.approx(0.4) and found.difference == 0 and found.p == 1
+
+
+def test_a_comparison_carries_its_interval_and_p_value():
+    found = measure.Comparison(1000, Proportion(930, 1000), Proportion(910, 1000), flips=50, fixed=10, broke=30)
+    assert found.low < found.difference < found.high < 0 and found.difference == pytest.approx(-0.02)
+    assert found.p == mcnemar(10, 30)
+    assert str(found).startswith("93.00% → 91.00%: -2.00 points [-3.24, -0.75], 50 of 1,000 predictions changed (")
+    assert str(found).endswith("(10 fixed, 30 broke, McNemar p = 0.0022)")
+
+
+def test_contenders_take_turns_in_starting_a_round():
+    calls = []
+    contenders = {name: lambda name=name: calls.append((name, torch.is_grad_enabled())) for name in "abc"}
+    found = measure.latency(contenders, rounds=4, warmup=2)
+    rounds = ["".join(name for name, _ in calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert rounds == ["bca", "cab", "abc", "bca", "cab", "abc"]
+    assert not any(gradients for _, gradients in calls)
+    assert list(found) == ["a", "b", "c"] and found.rounds == 4
+
+
+def test_latency_is_the_median_of_the_rounds_after_the_warm_up(monkeypatch):
+    clock = {"now": 0}
+    spent = {"slow": iter([900] + [4, 4, 40, 4, 4]), "quick": iter([900] + [1, 1, 10, 1, 1])}
+
+    def contender(name):
+        clock["now"] += next(spent[name]) * 1_000_000
+
+    monkeypatch.setattr(measure.time, "perf_counter_ns", lambda: clock["now"])
+    contenders = {"slow": lambda: contender("slow"), "quick": lambda: contender("quick")}
+    found = measure.latency(contenders, rounds=5, warmup=1)
+    assert (found["slow"].q1, found["slow"].median, found["slow"].q3) == (4, 4, 4)
+    assert found["slow"].speedup == 1
+    quick = found["quick"]
+    assert (quick.median, quick.speedup, quick.speedup_low, quick.speedup_high) == (1, 4, 4, 4)
+    assert found.table().rows[1] == ["quick", "1.00", "1.00 – 1.00", "4.00×", "4.00 – 4.00"]
+    assert "5 interleaved rounds" in str(found) and "5 interleaved rounds" in found._repr_markdown_()
+
+
+def test_threads_are_set_during_the_timing_only():
+    before = torch.get_num_threads()
+    used = []
+    found = measure.latency({"a": lambda: used.append(torch.get_num_threads())}, rounds=3, warmup=0, threads=before + 1)
+    assert used == [before + 1] * 3 and found.threads == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_threads_and_gradients_are_restored_when_a_contender_fails():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        measure.latency({"a": lambda: 1 / 0}, threads=before + 1)
+    assert torch.get_num_threads() == before and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("contenders", "rounds"), [({}, 40), ({"a": print}, 2)])
+def test_too_little_to_time_is_refused(contenders, rounds):
+    with pytest.raises(ValueError, match="contender"):
+        measure.latency(contenders, rounds=rounds)
+
+
+def test_size_on_disk_is_the_size_of_the_file(tmp_path, resnet18):
+    path = tmp_path / "model.safetensors"
+    save_file(resnet18.state_dict(), path)
+    size = path.stat().st_size
+    assert measure.size_on_disk(path) == measure.size_on_disk(str(path)) == measure.size_on_disk(resnet18) == size
+
+
+def test_size_on_disk_of_a_quantized_model_is_that_of_its_saved_file(tmp_path):
+    dynamic = backends.quantize_dynamic(nn.Sequential(nn.Linear(64, 64)))
+    assert measure.size_on_disk(dynamic) == backends.save(dynamic, tmp_path / "model")
+    assert measure.size_on_disk(dynamic) < measure.size_on_disk(nn.Sequential(nn.Linear(64, 64))) / 2
+
+
+def allocate(megabytes):
+    assert len(bytearray(b"x") * (megabytes * 1_000_000)) == megabytes * 1_000_000
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(text):
+    raise LookupError(text)
+
+
+def test_peak_memory_is_what_the_function_took_even_if_it_gave_it_back():
+    mine = psutil.Process().memory_info().rss
+    found = measure.peak_memory(allocate, 200)
+    assert found.added == pytest.approx(200e6, rel=0.1)
+    assert found.total > found.added
+    assert psutil.Process().memory_info().rss < mine + 100e6
+
+
+def test_the_error_of_the_measured_function_comes_through():
+    with pytest.raises(LookupError, match="not here"):
+        measure.peak_memory(fail, "not here")
+
+
+def test_a_killed_process_is_an_error_about_memory():
+    with pytest.raises(MemoryError, match="killed"):
+        measure.peak_memory(die)
+
+
+def test_a_function_that_a_fresh_process_cannot_import_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="fresh process"):
+        measure.peak_memory(lambda: None)
+    with pytest.raises(ValueError, match="fresh process"):
+        measure.peak_memory(allocate, lambda: None)
+    monkeypatch.setattr(allocate, "__module__", "__main__")
+    monkeypatch.setattr("__main__.allocate", allocate, raising=False)
+    with pytest.raises(ValueError, match="allocate is defined in this session"):
+        measure.peak_memory(allocate, 1)
+
+
+def test_load_and_run_takes_float_and_quantized_files(tmp_path, resnet18, calibration):
+    save_file(resnet18.state_dict(), tmp_path / "float")
+    measure.load_and_run(tmp_path / "float", "resnet18", size=32)
+    small = models.build("mobilenet_v2").eval()
+    backends.save(backends.quantize_dynamic(small), tmp_path / "int8")
+    measure.load_and_run(tmp_path / "int8", size=32)
+
+
+def test_the_machine_is_described_by_facts_that_json_can_hold():
+    facts = measure.machine()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["cpu"] and facts["cores"] >= 1 and facts["torch"] == torch.__version__
+    assert facts["python"] == platform.python_version()
+    assert facts["memory_gib"] is None or facts["memory_gib"] > 0

@@ -1,0 +1,105 @@
+import io
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from course_utils import plots
+from course_utils.stats import Proportion
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def closed_figures():
+    with matplotlib.rc_context():
+        plots.setup()
+        yield
+    plt.close("all")
+
+
+def texts(figure):
+    """Everything that can be read in a figure."""
+    figure.canvas.draw()
+    return " ".join(found.get_text() for found in figure.findobj(matplotlib.text.Text))
+
+
+def test_the_bits_of_numbers_can_be_read_with_their_labels():
+    figure = plots.number_bits([("one", "0011", 2), ("minus", "10", 1)], title="Bits")
+    shown = texts(figure)
+    assert all(word in shown for word in ("one", "minus", "Bits"))
+    assert len(figure.axes[0].patches) == 6
+
+
+def test_a_panel_a_grid_with_a_tick_for_every_value():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    grids = {"INT2": torch.tensor([-1.0, 0.0, 1.0]), "INT3": torch.linspace(-1, 1, 7)}
+    figure = plots.histogram_with_grid(values, grids, title="Weights")
+    assert [len(axis.collections[0].get_segments()) for axis in figure.axes] == [3, 7]
+    assert sum(patch.get_height() for patch in figure.axes[0].patches) == 1000
+    assert all(word in texts(figure) for word in ("INT2", "INT3", "Weights"))
+
+
+def test_predictions_are_green_when_right_and_red_when_wrong():
+    pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    shares = {"FP32": torch.tensor([[0.9, 0.1], [0.8, 0.2]])}
+    figure = plots.predictions(pixels, torch.tensor([0, 1]), shares, ("bag", "coat"))
+    best = [matplotlib.colors.to_hex(axis.patches[0].get_facecolor()) for axis in figure.axes[2:]]
+    assert best == [plots.GREEN, plots.RED]
+    assert all(word in texts(figure) for word in ("FP32", "bag", "coat"))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_filters_are_one_row_a_weight_in_one_colour_scale(rows):
+    weight = torch.randn(16, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+    figure = plots.filters([weight] * rows, [f"row {i}" for i in range(rows)])
+    assert len(figure.axes) == 16 * rows
+    assert len({axis.images[0].get_clim() for axis in figure.axes}) == 1
+
+
+def test_the_ladder_shows_values_with_their_intervals_and_lower_bits_to_the_right():
+    share = Proportion(90, 100)
+    results = {"per channel": {4: Proportion(80, 100), 8: share}, "per tensor": {4: Proportion(10, 100), 8: share}}
+    figure = plots.ladder(results, reference=share, title="Ladder")
+    axis = figure.axes[0]
+    line, _, (bars,) = axis.containers[0].lines
+    assert line.get_xydata() == pytest.approx(torch.tensor([[8.0, 90.0], [4.0, 80.0]]).numpy())
+    assert bars.get_segments()[0][:, 1] == pytest.approx([100 * share.low, 100 * share.high], abs=1e-3)
+    assert axis.xaxis_inverted()
+    assert all(word in texts(figure) for word in ("per channel", "per tensor", "FP32", "guessing", "Ladder"))
+
+
+def test_intervals_are_in_the_order_given_from_the_top():
+    figure = plots.intervals([("a", 1, 0.5, 2), ("b", 4, 3, 5)], xlabel="ratio", baseline=1)
+    axis = figure.axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a"]
+    assert list(axis.lines[0].get_xdata()) == [3, 5] and len(axis.lines) == 5
+
+
+def test_channels_are_sorted_by_their_range():
+    weight = torch.tensor([[0.0, 1.0], [-2.0, 2.0], [0.0, 0.5]])
+    heights = [patch.get_height() for patch in plots.channel_ranges(weight).axes[0].patches]
+    assert heights == pytest.approx([4, 1, 0.5])
+
+
+def test_bars_are_in_the_order_given_from_the_top():
+    figure = plots.bars({"FP32": 44.8, "INT8": 11.3}, xlabel="MB", colours=[plots.GREY, plots.BLUE])
+    assert [patch.get_width() for patch in figure.axes[0].patches] == [11.3, 44.8]
+    assert matplotlib.colors.to_hex(figure.axes[0].patches[0].get_facecolor()) == plots.BLUE
+
+
+def test_lines_have_a_legend_when_there_are_several():
+    one = plots.lines([1, 10], {"a": [1, 2]}, xlabel="x", ylabel="y")
+    two = plots.lines([1, 10], {"a": [1, 2], "b": [3, 4]}, xlabel="x", ylabel="y", log=True)
+    assert one.axes[0].get_legend() is None and two.axes[0].get_legend() is not None
+    assert two.axes[0].get_xscale() == two.axes[0].get_yscale() == "log"
+
+
+def test_the_same_data_gives_the_same_bytes():
+    def picture():
+        file = io.BytesIO()
+        plots.bars({"a": 1, "b": 2}, xlabel="x").savefig(file, format="png", metadata={"Software": None})
+        return file.getvalue()
+
+    assert picture() == picture()

@@ -1,0 +1,121 @@
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from course_utils.stats import Proportion, bootstrap_ratio, mcnemar, paired_difference
+
+quick = settings(max_examples=100)
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Newcombe, Two-sided confidence intervals for the single proportion, Statistics in Medicine 1998, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_intervals_are_the_published_ones(successes, n, low, high):
+    share = Proportion(successes, n)
+    assert (share.low, share.high) == pytest.approx((low, high), abs=5e-5)
+    assert share.value == successes / n
+
+
+@quick
+@given(st.integers(1, 500), st.data())
+def test_the_interval_holds_the_value_and_is_a_mirror_image_for_the_failures(n, drawn):
+    successes = drawn.draw(st.integers(0, n))
+    share, failures = Proportion(successes, n), Proportion(n - successes, n)
+    assert 0 <= share.low <= share.value + 1e-12 and share.value - 1e-12 <= share.high <= 1
+    assert share.low == pytest.approx(1 - failures.high, abs=1e-12)
+    assert Proportion(successes, n, confidence=0.99).high >= share.high - 1e-12
+
+
+def test_a_proportion_prints_with_its_interval():
+    assert str(Proportion(81, 263)) == "30.80% [25.53%, 36.62%]"
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (-1, 5), (6, 5)])
+def test_impossible_counts_are_refused(successes, n):
+    with pytest.raises(ValueError, match="successes"):
+        Proportion(successes, n)
+
+
+@quick
+@given(fixed=st.integers(0, 40), broke=st.integers(0, 40))
+def test_mcnemar_is_the_two_sided_binomial_test(fixed, broke):
+    n = fixed + broke
+    chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    as_extreme = sum(p for k, p in enumerate(chance) if abs(k - n / 2) >= abs(fixed - n / 2))
+    assert mcnemar(fixed, broke) == pytest.approx(as_extreme) and mcnemar(fixed, broke) <= 1
+
+
+def test_mcnemar_at_known_counts():
+    assert mcnemar(0, 0) == 1
+    assert mcnemar(0, 5) == pytest.approx(2 / 32)
+    assert mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 4096)
+    assert mcnemar(300, 300) == 1 and mcnemar(300, 400) < 2e-4
+
+
+def test_impossible_discordant_pairs_are_refused():
+    with pytest.raises(ValueError, match="negative"):
+        mcnemar(-1, 2)
+    for counts in [(1, 2, 2), (0, 0, 0), (-1, 0, 5)]:
+        with pytest.raises(ValueError, match="fixed"):
+            paired_difference(*counts)
+
+
+@quick
+@given(fixed=st.integers(0, 50), broke=st.integers(0, 50), others=st.integers(1, 500))
+def test_the_paired_interval_holds_the_difference_and_turns_with_the_sides(fixed, broke, others):
+    n = fixed + broke + others
+    difference, low, high = paired_difference(fixed, broke, n)
+    assert difference == (fixed - broke) / n and low <= difference <= high
+    assert paired_difference(broke, fixed, n) == pytest.approx((-difference, -high, -low))
+
+
+def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
+    generator = random.Random(0)
+    p_fixed, p_broke, n, runs, covered = 0.04, 0.07, 300, 600, 0
+    for _ in range(runs):
+        draws = [generator.random() for _ in range(n)]
+        fixed = sum(d < p_fixed for d in draws)
+        broke = sum(p_fixed <= d < p_fixed + p_broke for d in draws)
+        _, low, high = paired_difference(fixed, broke, n)
+        covered += low <= p_fixed - p_broke <= high
+    assert 0.92 <= covered / runs <= 0.98
+
+
+def test_a_sample_against_itself_is_exactly_one():
+    times = [3.0, 1.0, 2.0, 5.0, 4.0]
+    assert bootstrap_ratio(times, times) == (1.0, 1.0, 1.0)
+
+
+def test_noise_that_meets_both_samples_in_a_round_cancels():
+    generator = random.Random(0)
+    noise = [1 + generator.random() for _ in range(60)]
+    assert bootstrap_ratio([2 * x for x in noise], noise) == pytest.approx((2, 2, 2))
+
+
+def test_the_bootstrap_interval_covers_the_ratio_and_narrows_with_more_rounds():
+    generator = random.Random(1)
+
+    def interval(n):
+        a = [3 * generator.lognormvariate(0, 0.2) for _ in range(n)]
+        b = [generator.lognormvariate(0, 0.2) for _ in range(n)]
+        ratio, low, high = bootstrap_ratio(a, b)
+        assert low <= ratio <= high and low <= 3 <= high
+        return high - low
+
+    assert interval(400) < interval(25)
+
+
+def test_the_bootstrap_is_the_same_each_time_for_the_same_seed():
+    a, b = [1.0, 2.0, 4.0], [1.0, 3.0, 2.0]
+    assert bootstrap_ratio(a, b) == bootstrap_ratio(a, b)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], [])])
+def test_samples_that_are_no_pairs_are_refused(a, b):
+    with pytest.raises(ValueError, match="equal length"):
+        bootstrap_ratio(a, b)
