@@ -37,7 +37,10 @@ def read_manifest():
     """Return `data/manifest.json` as a dict: file name relative to `data/` → facts about it (bytes, sha256, ...)."""
     path = data_dir() / MANIFEST
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError("a list of files was expected")
+        return entries
     except ValueError as error:
         raise DataFileError(f"{path} is not valid JSON ({error}). {_restore(MANIFEST)}") from None
 

@@ -97,7 +97,7 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
         "architecture": architecture,
     }
     with files.replacing(path) as partial:
-        save_file(tensors, partial, metadata={"format": FORMAT, "layout": json.dumps(layout)})
+        save_file(tensors, partial, metadata={"course": json.dumps({"format": FORMAT, **layout})})
         return partial.stat().st_size
 
 
@@ -110,18 +110,17 @@ def load_packed(path):
 
     try:
         file = safe_open(path, framework="pt")
-        metadata = file.metadata() or {}
+        layout = json.loads((file.metadata() or {}).get("course", "{}"))
     except Exception as error:  # safetensors raises its own type, FileNotFoundError passes through below
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}): write it again with save_packed"
         ) from None
-    if metadata.get("format") != FORMAT:
+    if layout.get("format") != FORMAT:
         raise ValueError(
-            f"{path} was not written by save_packed (format {metadata.get('format')!r}, expected {FORMAT!r})"
+            f"{path} was not written by save_packed (format {layout.get('format')!r}, expected {FORMAT!r})"
         )
-    layout = json.loads(metadata["layout"])
     bits, group_size, symmetric = layout["bits"], layout["group_size"], layout["symmetric"]
     state = {}
     for key, shape in layout["shapes"].items():

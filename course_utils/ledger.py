@@ -6,6 +6,7 @@ and wins when both have a number. A full `make run-all` sets COURSE_LEDGER and r
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
@@ -32,8 +33,8 @@ def record(subject, quantity, value, *, unit="", low=None, high=None, n=None, so
     returned = value
     if hasattr(value, "successes"):
         low, high, n, unit, value = value.low, value.high, value.n, unit or "%", value.value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"expected a number for {quantity} of {subject}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"expected a finite number for {quantity} of {subject}, got {value!r}")
     entry = {"value": value, "unit": unit, "low": low, "high": high, "n": n, "source": source}
     entry = {key: item for key, item in entry.items() if item is not None}
     if source == "measured":
@@ -110,15 +111,14 @@ def read(path):
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = ""
-    if not text.strip():
-        return {"version": VERSION, "machines": {}, "records": {}}
-    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if not text.strip():
+            return {"version": VERSION, "machines": {}, "records": {}}
         content = json.loads(text)
         if content["version"] != VERSION:
             raise ValueError(f"it has version {content['version']}, expected {VERSION}")
+        if not isinstance(content["records"], dict) or not isinstance(content["machines"], dict):
+            raise ValueError("its records are not in tables")
         return content
     except (ValueError, KeyError, TypeError) as error:
         raise LedgerError(f"cannot read the ledger {path} ({error}): delete it and run the notebooks again") from None

@@ -151,6 +151,8 @@ class Timings(dict):
     def __str__(self):
         return f"{self.table()}\n{self.rounds} interleaved rounds, {self.threads} threads"
 
+    __repr__ = __str__
+
     def _repr_markdown_(self):
         return f"{self.table()._repr_markdown_()}\n\n{self.rounds} interleaved rounds, {self.threads} threads"
 

@@ -1,5 +1,7 @@
 """The course's networks: torchvision's own architectures, with weights trained here or torchvision's official ones."""
 
+import pickle
+
 from . import files
 
 NAMES = ("resnet18", "mobilenet_v2")
@@ -70,15 +72,16 @@ def _imagenet(name):
     _check(name)
     official = torchvision.models.get_model_weights(name).DEFAULT
     try:
-        model = torchvision.models.get_model(name, weights=official)
-    except (OSError, RuntimeError) as error:  # no network (URLError is an OSError), or a damaged download
+        weights = official.get_state_dict(check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or a damaged file
         file_name = official.url.rsplit("/", 1)[-1]
         raise RuntimeError(
             f"torchvision's official weights for {name} could not be loaded ({error}). Without a network, put {file_name} "
             f"(from {official.url}) into {torch.hub.get_dir()}/checkpoints and call again; the lessons themselves only "
             f'need load("{name}").'
         ) from None
-    model.architecture = {"name": name, "num_classes": len(official.meta["categories"])}
+    model = build(name, num_classes=len(official.meta["categories"]))
+    model.load_state_dict(weights)
     return model
 
 

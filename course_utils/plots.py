@@ -1,7 +1,9 @@
 """The course's pictures: each function draws one idea on a matplotlib figure and returns it."""
 
+import itertools
+
 import matplotlib.pyplot as plt
-import torch
+import numpy as np
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
 
@@ -75,7 +77,7 @@ def predictions(pixels, labels, probabilities, classes):
         1 + len(probabilities), n, figsize=(1.45 * n + 1, 1.5 + 1.0 * len(probabilities)), squeeze=False
     )
     for i in range(n):
-        axes[0, i].imshow(pixels[i], cmap="gray_r")
+        axes[0, i].imshow(pixels[i].numpy(), cmap="gray_r")
         axes[0, i].set_title(classes[int(labels[i])], fontsize=9)
         axes[0, i].axis("off")
         for axis, (name, shares) in zip(axes[1:, i], probabilities.items(), strict=True):
@@ -92,13 +94,15 @@ def predictions(pixels, labels, probabilities, classes):
 
 def filters(weights, labels):
     """Draw the first filters of a convolution side by side at several precisions: one row a weight `(out, in, h, w)`."""
-    n = 16
-    figure, axes = plt.subplots(len(weights), n, figsize=(9, 0.62 * len(weights) + 0.2))
+    n = min(16, len(weights[0]))
+    weights = [weight.detach() for weight in weights]
+    figure, axes = plt.subplots(len(weights), n, figsize=(9, 0.62 * len(weights) + 0.2), squeeze=False)
     limit = float(weights[0][:n, 0].abs().max())
     for row, weight, label in zip(axes, weights, labels, strict=True):
         for i, axis in enumerate(row):
-            axis.imshow(weight[i, 0].detach(), cmap="RdBu", vmin=-limit, vmax=limit)
+            axis.imshow(weight[i, 0].numpy(), cmap="RdBu", vmin=-limit, vmax=limit)
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
     return figure
 
@@ -106,14 +110,14 @@ def filters(weights, labels):
 def ladder(results, *, chance=0.1, title="", reference=None):
     """Draw accuracy against bits: results is a dict of scheme → {bits: Proportion}; bars show the 95 % interval."""
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    markers = iter("osD^v")
+    markers = itertools.cycle("osD^v")
     for scheme, by_bits in results.items():
         bits = sorted(by_bits, reverse=True)
-        value = torch.tensor([by_bits[b].value for b in bits])
-        below = value - torch.tensor([by_bits[b].low for b in bits])
-        above = torch.tensor([by_bits[b].high for b in bits]) - value
+        value = np.array([by_bits[b].value for b in bits])
+        below = value - np.array([by_bits[b].low for b in bits])
+        above = np.array([by_bits[b].high for b in bits]) - value
         axis.errorbar(
-            bits, 100 * value, yerr=100 * torch.stack([below, above]), marker=next(markers), capsize=3, label=scheme
+            bits, 100 * value, yerr=100 * np.stack([below, above]), marker=next(markers), capsize=3, label=scheme
         )
     if reference is not None:
         axis.axhline(100 * reference.value, color=GREY, lw=1, ls="--", label="FP32")
@@ -142,7 +146,7 @@ def channel_ranges(weight, *, title=""):
     order = (rows.amax(1) - rows.amin(1)).argsort(descending=True)
     low, high = rows.amin(1)[order], rows.amax(1)[order]
     figure, axis = plt.subplots(figsize=(7.5, 2.6))
-    axis.bar(range(len(rows)), high - low, bottom=low, color=BLUE, width=0.85)
+    axis.bar(range(len(rows)), (high - low).numpy(), bottom=low.numpy(), color=BLUE, width=0.85)
     axis.axhline(0, color="black", lw=0.6)
     axis.set(xlabel="output channel, widest first", ylabel="weight range", title=title)
     return figure
@@ -160,7 +164,7 @@ def lines(x, series, *, xlabel, ylabel, title="", log=False):
     """Draw curves over a common axis: series is a dict of label → values; `log` makes both axes logarithmic."""
     figure, axis = plt.subplots(figsize=(7, 3.4))
     for label, values in series.items():
-        axis.plot(x, values, label=label, lw=1.2)
+        axis.plot(np.asarray(x), np.asarray(values), label=label, lw=1.2)
     if log:
         axis.set(xscale="log", yscale="log")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)

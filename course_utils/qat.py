@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from . import data
 
 
-def finetune(model, images, *, steps, batch_size=64, lr=0.002, freeze_at=0.67, seed=0, on_step=None):
+def finetune(model, images, *, steps, batch_size=32, lr=0.002, freeze_at=0.67, seed=0, on_step=None):
     """Train `model` in place for `steps` optimizer steps and return a list of `(loss, seconds)`, one a step.
 
     model: any module, with or without fake-quantizers in it (`backends.prepare_qat`), images → logits. images: a
@@ -26,7 +26,7 @@ def finetune(model, images, *, steps, batch_size=64, lr=0.002, freeze_at=0.67, s
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     history = []
-    model.train()
+    model.to(memory_format=torch.channels_last).train()  # the layout that convolution kernels like best
     for step in range(steps):
         if step == round(freeze_at * steps):
             freeze(model)

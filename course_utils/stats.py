@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 
 
@@ -52,8 +53,11 @@ def mcnemar(fixed, broke):
     if fixed < 0 or broke < 0:
         raise ValueError(f"counts cannot be negative, got {fixed} and {broke}")
     n, k = fixed + broke, min(fixed, broke)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
-    return min(1.0, 2 * tail)
+    term = tail = 1  # binomial coefficients of n, one from the last: exact integers
+    for i in range(1, k + 1):
+        term = term * (n - i + 1) // i
+        tail += term
+    return float(min(Fraction(1), Fraction(2 * tail, 2**n)))
 
 
 def paired_difference(fixed, broke, n, confidence=0.95):

@@ -1,6 +1,7 @@
 """The weights of whole networks: which layers have them, batch norm folded into them, copies with fewer bits."""
 
 import copy
+from collections import Counter
 
 import torch
 from torch import nn
@@ -20,15 +21,16 @@ def fold_batch_norm(model):
 
     With γ, β, μ, σ² of the batch norm: weight · γ/√(σ²+ε) and (bias − μ) · γ/√(σ²+ε) + β, per output channel
     (Krishnamoorthi 2018, section 3.2.2). The outputs stay the same up to rounding; a folded batch norm becomes `Identity`.
-    A convolution whose output is used elsewhere too keeps its batch norm.
+    A convolution whose output is used elsewhere too, or that is called twice, keeps its batch norm.
     """
     model = copy.deepcopy(model).eval()
-    graph = torch.fx.symbolic_trace(model).graph
-    for node in graph.nodes:
+    nodes = torch.fx.symbolic_trace(model).graph.nodes
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    for node in nodes:
         if node.op != "call_module" or not isinstance(model.get_submodule(node.target), nn.BatchNorm2d):
             continue
         before = node.args[0]
-        if before.op != "call_module" or len(before.users) > 1:
+        if before.op != "call_module" or len(before.users) > 1 or calls[before.target] > 1 or calls[node.target] > 1:
             continue
         convolution = model.get_submodule(before.target)
         if not isinstance(convolution, nn.Conv2d):

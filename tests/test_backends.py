@@ -323,7 +323,7 @@ def test_an_interrupted_save_keeps_the_old_file(int8, tmp_path, monkeypatch):
 def test_the_file_says_how_the_model_was_made(saved):
     content = saved.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    recipe = json.loads(header["__metadata__"]["recipe"])
+    recipe = json.loads(header["__metadata__"]["course"])["recipe"]
     assert recipe == {
         "kind": "static",
         "engine": backends.default_engine(),

@@ -181,7 +181,7 @@ def test_the_layout_in_the_file_can_be_read_without_the_course(tmp_path, mobilen
     int4.save_packed(mobilenet_v2, path, bits=3, group_size=16, symmetric=False)
     content = path.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    layout = json.loads(header["__metadata__"]["layout"])
+    layout = json.loads(header["__metadata__"]["course"])
     assert (layout["bits"], layout["group_size"], layout["symmetric"]) == (3, 16, False)
     assert layout["shapes"]["classifier.1.weight"] == [10, 1280]
     assert layout["architecture"] == {"name": "mobilenet_v2", "num_classes": 10}

@@ -12,6 +12,7 @@ from .. import cpu, files
 
 FORMAT = "squeeze-int8-1"
 FAMILIES = {"torch_ao": ("onednn", "x86", "fbgemm", "qnnpack")}
+PREPARED = "qat, not converted"
 OBSERVERS = ("minmax", "histogram")
 
 
@@ -72,7 +73,7 @@ def prepare_qat(model, *, engine=None, per_channel=True):
     Batch norms are fused into the convolutions in their trainable form, so they go on learning. Turn it into integers with
     `convert_qat`. Arguments and errors as in `quantize_static`.
     """
-    recipe = _recipe("qat", engine, per_channel, "minmax")
+    recipe = _recipe(PREPARED, engine, per_channel, "minmax")
     return _family(recipe["engine"]).prepare_qat(model, recipe)
 
 
@@ -81,7 +82,10 @@ def convert_qat(model):
 
     Raises `ValueError` for a model that `prepare_qat` did not make.
     """
-    return _family(recipe_of(model)["engine"]).convert_qat(model)
+    recipe = recipe_of(model)
+    if recipe["kind"] != PREPARED:
+        raise ValueError(f"expected a model from prepare_qat, got one whose kind is {recipe['kind']!r}")
+    return _family(recipe["engine"]).convert_qat(model, recipe | {"kind": "qat"})
 
 
 def recipe_of(model):
@@ -103,8 +107,11 @@ def save(model, path):
     from safetensors.torch import save_file
 
     recipe = recipe_of(model)
+    if recipe["kind"] == PREPARED:
+        raise ValueError("this model still trains in float: turn it into integers with convert_qat before saving")
     tensors, rest = _family(recipe["engine"]).flatten(model.state_dict())
-    metadata = {"format": FORMAT, "recipe": json.dumps(recipe), "rest": json.dumps(rest)}
+    # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
+    metadata = {"course": json.dumps({"format": FORMAT, "recipe": recipe, "rest": rest})}
     with files.replacing(path) as partial:
         save_file(tensors, partial, metadata=metadata)
         return partial.stat().st_size
@@ -121,7 +128,7 @@ def load(path, *, model=None):
 
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("course", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): save the model again") from None
@@ -129,7 +136,7 @@ def load(path, *, model=None):
         raise ValueError(
             f"{path} was not written by backends.save (format {metadata.get('format')!r}, expected {FORMAT!r})"
         )
-    recipe = json.loads(metadata["recipe"])
+    recipe = metadata["recipe"]
     if model is None:
         if recipe["architecture"] is None:
             raise ValueError(
@@ -138,7 +145,7 @@ def load(path, *, model=None):
         from .. import models
 
         model = models.build(**recipe["architecture"])
-    return _family(recipe["engine"]).rebuild(model, recipe, tensors, json.loads(metadata["rest"]))
+    return _family(recipe["engine"]).rebuild(model, recipe, tensors, metadata["rest"])
 
 
 def _recipe(kind, engine, per_channel, observer):

@@ -6,6 +6,7 @@ this file only.
 
 import contextlib
 import copy
+import gc
 import warnings
 
 import torch
@@ -20,7 +21,7 @@ from torch.ao.quantization import (
 from torch.ao.quantization import quantize_dynamic as torch_quantize_dynamic
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
-from . import FAMILIES, Engine
+from . import FAMILIES, PREPARED, Engine
 
 
 def engines():
@@ -56,8 +57,7 @@ def prepare_qat(model, recipe):
     return _tag(prepared, recipe, model)
 
 
-def convert_qat(model):
-    recipe = model.meta["course_recipe"]
+def convert_qat(model, recipe):
     with _quietly(recipe["engine"]):
         return _tag(convert_fx(copy.deepcopy(model).eval()), recipe)
 
@@ -89,13 +89,14 @@ def rebuild(model, recipe, tensors, rest):
 def _qconfigs(recipe):
     # One bit of headroom where 8-bit products are summed pairwise in 16 bits and could saturate.
     headroom = recipe["engine"] in ("x86", "fbgemm")
+    training = recipe["kind"] in ("qat", PREPARED)
     activation_range = {"dtype": torch.quint8, "reduce_range": headroom}
     if recipe["per_channel"]:
         weight_observer, weight_scheme = observer.PerChannelMinMaxObserver, torch.per_channel_symmetric
     else:
         weight_observer, weight_scheme = observer.MinMaxObserver, torch.per_tensor_symmetric
     weight_range = {"dtype": torch.qint8, "qscheme": weight_scheme, "quant_min": -128, "quant_max": 127}
-    if recipe["kind"] == "qat":
+    if training:
         qconfig = QConfig(
             activation=fake_quantize.FakeQuantize.with_args(
                 observer=observer.MovingAverageMinMaxObserver,
@@ -119,7 +120,7 @@ def _qconfigs(recipe):
             weight=weight_observer.with_args(**weight_range),
         )
     # Keep torch's exceptions (operations with a fixed output range, or that only move values around).
-    default = get_default_qat_qconfig_mapping if recipe["kind"] == "qat" else get_default_qconfig_mapping
+    default = get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping
     return default(recipe["engine"]).set_global(qconfig)
 
 
@@ -153,6 +154,7 @@ def _quietly(engine):
             yield
     finally:
         torch.backends.quantized.engine = before
+        gc.collect()  # graphs hold reference cycles: a float copy of the network would outlive each conversion
 
 
 def flatten(state):

@@ -113,6 +113,7 @@ def train(name, recipe, *, progress=True):
             if epoch <= done:
                 continue
             started = time.perf_counter()
+            torch.manual_seed(1000 * recipe.seed + epoch)  # for dropout, so that a resumed run draws what it would have
             for x, y in _augmented(train_set, recipe, cycle.shift, size, epoch, steps):
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
                     logits = model(x)
