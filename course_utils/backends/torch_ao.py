@@ -87,16 +87,14 @@ def rebuild(model, recipe, tensors, rest):
 
 
 def _qconfigs(recipe):
+    """Return how torch shall quantize: 8-bit asymmetric activations, 8-bit symmetric weights."""
     # One bit of headroom where 8-bit products are summed pairwise in 16 bits and could saturate.
     headroom = recipe["engine"] in ("x86", "fbgemm")
-    training = recipe["kind"] in ("qat", PREPARED)
     activation_range = {"dtype": torch.quint8, "reduce_range": headroom}
-    if recipe["per_channel"]:
-        weight_observer, weight_scheme = observer.PerChannelMinMaxObserver, torch.per_channel_symmetric
-    else:
-        weight_observer, weight_scheme = observer.MinMaxObserver, torch.per_tensor_symmetric
-    weight_range = {"dtype": torch.qint8, "qscheme": weight_scheme, "quant_min": -128, "quant_max": 127}
-    if training:
+    scheme = torch.per_channel_symmetric if recipe["per_channel"] else torch.per_tensor_symmetric
+    weight_range = {"dtype": torch.qint8, "qscheme": scheme, "quant_min": -128, "quant_max": 127}
+    if recipe["kind"] in ("qat", PREPARED):
+        default = get_default_qat_qconfig_mapping
         qconfig = QConfig(
             activation=fake_quantize.FakeQuantize.with_args(
                 observer=observer.MovingAverageMinMaxObserver,
@@ -108,19 +106,16 @@ def _qconfigs(recipe):
                 observer=observer.MovingAveragePerChannelMinMaxObserver
                 if recipe["per_channel"]
                 else observer.MovingAverageMinMaxObserver,
+                averaging_constant=1.0,  # the range of a weight is known at each step, there is nothing to average
                 **weight_range,
             ),
         )
     else:
-        activation_observer = (
-            observer.HistogramObserver if recipe["observer"] == "histogram" else observer.MinMaxObserver
-        )
-        qconfig = QConfig(
-            activation=activation_observer.with_args(**activation_range),
-            weight=weight_observer.with_args(**weight_range),
-        )
-    # Keep torch's exceptions (operations with a fixed output range, or that only move values around).
-    default = get_default_qat_qconfig_mapping if training else get_default_qconfig_mapping
+        default = get_default_qconfig_mapping
+        activation = {"minmax": observer.MinMaxObserver, "histogram": observer.HistogramObserver}[recipe["observer"]]
+        weight = observer.PerChannelMinMaxObserver if recipe["per_channel"] else observer.MinMaxObserver
+        qconfig = QConfig(activation.with_args(**activation_range), weight.with_args(**weight_range))
+    # torch's own exceptions stay: operations with a fixed output range, or that only move values around.
     return default(recipe["engine"]).set_global(qconfig)
 
 

@@ -42,7 +42,7 @@ def results(path):
             "is owed to eight bits alone. "
         )
     lines.append("INT4 has no row of speeds: no CPU library has a 4-bit convolution kernel; the file is what shrinks.")
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def write_readme(readme=ROOT / "README.md", path=None):
