@@ -42,6 +42,7 @@ def finetune(model, images, *, steps, batch_size=32, lr=0.002, freeze_at=0.67, s
         history.append((loss.item(), time.perf_counter() - began))
         if on_step is not None:
             on_step(step, model)
+    optimizer.zero_grad()  # gradients take as much memory as the weights
     return history
 
 

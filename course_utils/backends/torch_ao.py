@@ -19,6 +19,7 @@ from torch.ao.quantization import (
     observer,
 )
 from torch.ao.quantization import quantize_dynamic as torch_quantize_dynamic
+from torch.ao.quantization.fx import utils as fx_utils
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 from . import FAMILIES, PREPARED, Engine
@@ -149,7 +150,11 @@ def _quietly(engine):
             yield
     finally:
         torch.backends.quantized.engine = before
-        gc.collect()  # graphs hold reference cycles: a float copy of the network would outlive each conversion
+        # Graphs hold reference cycles, and torch caches a fact about each by the graph itself: without what follows
+        # several copies of the network would outlive each conversion.
+        with contextlib.suppress(AttributeError):  # a private function, which torch plans to delete
+            fx_utils.assert_and_get_unique_device.cache_clear()
+        gc.collect()
 
 
 def flatten(state):
