@@ -75,13 +75,12 @@ def format_entry(entry):
 
 
 def claim(text, holds, *, measured=None):
-    """Print whether a statement of the lesson holds in this run, with what was measured; return `holds` as a bool.
+    """Print whether a statement of the lesson holds in this run, with what was measured.
 
     ✔ when it does. ✘ when it does not: then believe the measurement, not the lesson.
     """
     suffix = "" if measured is None else f"  (measured: {measured})"
     print(f"{'✔' if holds else '✘ does not hold here:'} {text}{suffix}")
-    return bool(holds)
 
 
 def merge(source, target):
