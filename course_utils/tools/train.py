@@ -47,8 +47,8 @@ class Recipe:
         return self.cycles[-1].sizes[-1]
 
 
-# Small images first: early epochs need no detail and cost less than half. The last epoch sees images as they are: it is
-# worth as much as the several before it.
+# Small images first: early epochs need no detail and cost less than half. The last epoch sees images where the test set has
+# them, unshifted.
 RECIPES = {
     "resnet18": Recipe(
         (Cycle((48,) * 8 + (64,) * 4, max_lr=0.1), Cycle((64,) * 4, max_lr=0.03), Cycle((64,), max_lr=0.01, shift=0)),
