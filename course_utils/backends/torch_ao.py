@@ -11,6 +11,8 @@ import warnings
 
 import torch
 from torch import nn
+from torch.ao.nn import quantized as nnq
+from torch.ao.nn.intrinsic import quantized as nniq
 from torch.ao.quantization import (
     QConfig,
     fake_quantize,
@@ -22,6 +24,8 @@ from torch.ao.quantization import quantize_dynamic as torch_quantize_dynamic
 from torch.ao.quantization.fx import utils as fx_utils
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
+from .. import affine
+from ..integer import Step
 from . import FAMILIES, PREPARED, Engine
 
 
@@ -136,7 +140,100 @@ def _tag(converted, recipe, model=None):
     if not hasattr(converted, "meta"):
         converted.meta = {}
     converted.meta["course_recipe"] = recipe
+    if recipe["kind"] in ("static", "qat"):
+        converted.meta["course_steps"] = steps
     return converted
+
+
+def steps(model):
+    """Return a converted model as a list of `integer.Step`s: what it computes, without torch's classes.
+
+    Raises `ValueError` for an operation that `course_utils.integer` has no counterpart for.
+    """
+    modules, done, found = dict(model.named_modules()), {}, []
+
+    def value(argument):
+        return getattr(model, argument.target) if isinstance(argument, torch.fx.Node) else argument
+
+    for node in model.graph.nodes:
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue
+        module = modules.get(node.target) if node.op == "call_module" else None
+        inputs = tuple(argument.name for argument in node.args if getattr(argument, "name", None) in done)
+        before = done[inputs[0]] if inputs else None
+        op, output, options = _describe(node, module, before, value)
+        found.append(Step(node.name, op, inputs, output, options))
+        done[node.name] = output
+    return found
+
+
+def integers(model, images):
+    """Return the integers of every step of a converted model on `images`: an ordered dict of step name → 8-bit tensor."""
+    found = {}
+
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, node):
+            result = super().run_node(node)
+            if isinstance(result, torch.Tensor) and result.is_quantized:
+                found[node.name] = result.int_repr()
+            return result
+
+    with torch.no_grad(), _quietly(recipe_engine(model)):
+        Recorder(model).run(images)
+    return found
+
+
+def recipe_engine(model):
+    return model.meta["course_recipe"]["engine"]
+
+
+def _describe(node, module, before, value):
+    """Return `(op, output QParams, options)` of one node."""
+    called = module if module is not None else node.target
+    kind = type(called).__name__ if module is not None else getattr(called, "__name__", str(called))
+    if kind == "quantize_per_tensor":
+        return "quantize", _quint8(value(node.args[1]), value(node.args[2])), {}
+    if isinstance(module, (nnq.Conv2d, nnq.Linear)):
+        weight, bias = module.weight(), module.bias()
+        per_channel = weight.qscheme() in (torch.per_channel_affine, torch.per_channel_symmetric)
+        options = {
+            "weight": weight.int_repr(),
+            "weight_scale": weight.q_per_channel_scales() if per_channel else torch.tensor(weight.q_scale()),
+            "bias": None if bias is None else bias.detach(),
+            "relu": isinstance(module, (nniq.ConvReLU2d, nniq.LinearReLU)),
+        }
+        if isinstance(module, nnq.Linear):
+            return "linear", _quint8(module.scale, module.zero_point), options
+        if module.padding_mode != "zeros":
+            raise ValueError(f"{node.target}: only padding with zeros has an integer counterpart here")
+        options |= {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups")}
+        return "conv2d", _quint8(module.scale, module.zero_point), options
+    if kind in ("add", "add_relu") and len(node.args) == 4:
+        return "add", _quint8(value(node.args[2]), value(node.args[3])), {"relu": kind == "add_relu"}
+    if isinstance(module, nn.MaxPool2d) and module.dilation in (1, (1, 1)) and not module.ceil_mode:
+        return "max_pool2d", before, {key: getattr(module, key) for key in ("kernel_size", "stride", "padding")}
+    output_size = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else None
+    if kind == "adaptive_avg_pool2d":
+        output_size = node.args[1]
+    if output_size in (1, (1, 1)):
+        return "global_avg_pool2d", before, {}
+    if kind in ("ReLU", "relu"):
+        return "clamp", before, {"low": 0.0, "high": None}
+    if kind == "ReLU6":
+        return "clamp", before, {"low": 0.0, "high": 6.0}
+    if kind == "flatten":
+        return "flatten", before, {"start_dim": node.args[1] if len(node.args) > 1 else 0}
+    if kind in ("Dropout", "Identity"):
+        return "same", before, {}
+    if kind == "dequantize":
+        return "dequantize", None, {}
+    raise ValueError(f"{node.name}: {kind} has no integer counterpart in course_utils.integer")
+
+
+def _quint8(scale, zero_point):
+    return affine.QParams(
+        torch.as_tensor(scale, dtype=torch.float32), torch.as_tensor(zero_point, dtype=torch.int32), 0, 255
+    )
 
 
 @contextlib.contextmanager
