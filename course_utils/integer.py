@@ -13,23 +13,25 @@ from torch.nn import functional as F
 
 from . import affine
 
-ACCUMULATOR = torch.iinfo(torch.int32)
+INT32 = torch.iinfo(torch.int32)
+INT16 = torch.iinfo(torch.int16)
 
 
 def quantize_multiplier(real):
     """Return `(m0, shift)`, int64 tensors shaped like `real`, with real ≈ m0 / 2**shift and 2**30 <= m0 < 2**31.
 
-    real: positive float or tensor of them (one per channel), below 2**30. The relative error is at most 2**−31.
+    real: positive float or tensor of them (one per channel), at most 2**29. The relative error is at most 2**−31,
+    down to 2**−32; anything smaller takes every int32 to 0, and does so here.
     Raises `ValueError` for numbers that are not positive, not finite or too large.
     """
     real = torch.as_tensor(real, dtype=torch.float64)
-    if not ((real > 0) & (real < 2**30)).all():
-        raise ValueError(f"a multiplier must be positive and below 2**30, got {real.min():g} to {real.max():g}")
+    if not ((real > 0) & (real <= 2**29)).all():
+        raise ValueError(f"a multiplier must be positive and at most 2**29, got {real.min():g} to {real.max():g}")
     mantissa, exponent = torch.frexp(real)  # real = mantissa · 2**exponent, 0.5 <= mantissa < 1
     m0, shift = (mantissa * 2**31).round().long(), 31 - exponent.long()
     overflow = m0 == 2**31  # a mantissa just below 1 rounds up to it
     m0, shift = torch.where(overflow, 2**30, m0), torch.where(overflow, shift - 1, shift)
-    # Beyond 62 bits the product can only round to 0, which a shift by 62 says as well.
+    # int64 can be shifted by 62 at most: what is smaller still loses bits of m0 that could not matter.
     return torch.where(shift > 62, m0 >> (shift - 62).clamp(0, 62), m0), shift.clamp(max=62)
 
 
@@ -51,7 +53,7 @@ def quantize_bias(bias, scale):
     Raises `ValueError` when a bias is so large against its scale that int32 cannot hold it.
     """
     q = (bias.double() / torch.as_tensor(scale).double()).round()
-    if not (q.abs() <= ACCUMULATOR.max // 2).all():
+    if not (q.abs() <= INT32.max // 2).all():
         raise ValueError(
             f"a bias of {q.abs().max():.3g} steps leaves no room in an int32 accumulator: this channel's weights are almost "
             "all zero, so choose a larger scale for them"
@@ -60,7 +62,20 @@ def quantize_bias(bias, scale):
 
 
 def conv2d(
-    q, weight, bias, *, zero_point, m0, shift, out_zero_point, qmin=0, qmax=255, stride=1, padding=0, dilation=1, groups=1
+    q,
+    weight,
+    bias,
+    *,
+    zero_point,
+    m0,
+    shift,
+    out_zero_point,
+    qmin=0,
+    qmax=255,
+    stride=1,
+    padding=0,
+    dilation=1,
+    groups=1,
 ):
     """Return the integer 2-d convolution of `q` `(n, channels, height, width)` with `weight`, requantized.
 
@@ -69,7 +84,9 @@ def conv2d(
     `(out,)`. Output integers: zero at `out_zero_point`, `qmin..qmax`; a ReLU is qmin = out_zero_point and costs nothing.
     Padding is real zeros, that is `zero_point`s. Raises `ValueError` for tensors that are not integers.
     """
-    acc = conv2d_accumulate(q, weight, bias, zero_point, stride=stride, padding=padding, dilation=dilation, groups=groups)
+    acc = conv2d_accumulate(
+        q, weight, bias, zero_point, stride=stride, padding=padding, dilation=dilation, groups=groups
+    )
     m0, shift = (torch.as_tensor(part).reshape(-1, 1, 1) for part in (m0, shift))
     return requantize(acc, m0, shift, out_zero_point, qmin, qmax)
 
@@ -79,7 +96,16 @@ def conv2d_accumulate(q, weight, bias=None, zero_point=0, *, stride=1, padding=0
     _need_integers(q=q, weight=weight, bias=bias)
     centred = q.int() - zero_point  # now the zeros that padding adds mean zero
     bias = None if bias is None else bias.int()
-    return F.conv2d(centred, weight.int(), bias, stride, padding, dilation, groups)
+    dilated = _pair(dilation) != (1, 1)
+    if not dilated and (groups > 1 or centred[0, 0].numel() > 64):
+        return F.conv2d(centred, weight.int(), bias, stride, padding, dilation, groups)
+    # torch's integer convolution knows no dilation, and goes image by image, which is slow on small ones: here all patches
+    # are one matrix, and the convolution of each group one product.
+    patches, height, width = _patches(centred, weight.shape[2:], stride, padding, dilation)
+    parts = zip(patches.flatten(0, 1).chunk(groups, 1), weight.int().flatten(1).chunk(groups), strict=True)
+    acc = torch.cat([part @ kernels.T for part, kernels in parts], 1)
+    acc = acc if bias is None else acc + bias
+    return acc.reshape(len(q), height, width, -1).permute(0, 3, 1, 2)
 
 
 def linear(q, weight, bias, *, zero_point, m0, shift, out_zero_point, qmin=0, qmax=255):
@@ -129,7 +155,10 @@ def global_avg_pool2d(q, *, zero_point, qmin=0, qmax=255):
     """Return the mean of each channel of `q` `(n, channels, height, width)` as `(n, channels, 1, 1)`, scale unchanged."""
     _need_integers(q=q)
     total = (q.int() - zero_point).sum((2, 3), keepdim=True, dtype=torch.int32)
-    return requantize(total, *quantize_multiplier(1 / (q.shape[2] * q.shape[3])), zero_point, qmin, qmax)
+    count = q.shape[2] * q.shape[3]
+    shift = 30 + (count - 1).bit_length()
+    m0 = ((1 << shift) + count // 2) // count  # 1 / count as `quantize_multiplier` has it, but known only now
+    return requantize(total, m0, shift, zero_point, qmin, qmax)
 
 
 # A whole model ---------------------------------------------------------------------------------------------------------
@@ -257,57 +286,63 @@ class PairSaturation:
     """
 
     def __init__(self, weight, *, stride=1, padding=0, dilation=1, groups=1):
-        self.geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-        self.groups, self.linear = groups, weight.ndim == 2
+        self.geometry = stride, padding, dilation
+        self.linear = weight.ndim == 2
         weight = weight.int().reshape(*weight.shape, *(1, 1) * self.linear)
-        out, channels, self.kh, self.kw = weight.shape
-        self.shape = out, channels
-        taps = F.pad(weight, (0, 0, 0, 0, 0, channels % 2)).unflatten(1, (-1, 2))  # out, pair, 2, kh, kw
-        reach = 255 * torch.maximum(taps.clamp(min=0).sum(2), -taps.clamp(max=0).sum(2))
+        out, channels, *self.kernel = weight.shape
+        if channels % 2:
+            weight = F.pad(weight, (0, 0, 0, 0, 0, 1))  # the last channel is paired with nothing
+        pairs = weight.unflatten(1, (-1, 2))
+        reach = 255 * torch.maximum(pairs.clamp(min=0).sum(2), -pairs.clamp(max=0).sum(2))
         # Most pairs of weights are too small to overflow whatever comes in: only the others are looked at.
-        self.risky = (reach > torch.iinfo(torch.int16).max).nonzero()
-        self.taps = taps
+        self.out, pair, i, j = (reach > INT16.max).nonzero(as_tuple=True)
+        self.weights = pairs[self.out, pair, :, i, j]
+        first = self.out // (out // groups) * channels + 2 * pair
+        taps = self.kernel[0] * self.kernel[1]
+        self.first = first * taps + i * self.kernel[1] + j  # where the pair's inputs are in a patch
+        self.second = torch.where(2 * pair + 1 < channels, self.first + taps, self.first)  # padding: its weight is 0
+        self.channels = out
 
     def __call__(self, q, zero_point):
         """Return the loss, int32, in the shape of the layer's accumulators."""
-        q = q.int()
-        if self.linear:
-            q = q[:, :, None, None]
-        (sh, sw), (ph, pw), (dh, dw) = (_pair(self.geometry[k]) for k in ("stride", "padding", "dilation"))
-        padded = F.pad(q, (pw, pw, ph, ph), value=zero_point)
-        height = (padded.shape[2] - dh * (self.kh - 1) - 1) // sh + 1
-        width = (padded.shape[3] - dw * (self.kw - 1) - 1) // sw + 1
-        out, channels = self.shape
-        lost = torch.zeros(len(q), out, height, width, dtype=torch.int32)
-        for o, pair, i, j in self.risky.tolist():
-            first = o // (out // self.groups) * channels + 2 * pair
-            last = first + (2 if 2 * pair + 1 < channels else 1)
-            window = padded[:, first:last, i * dh :, j * dw :][:, :, : (height - 1) * sh + 1 : sh, : (width - 1) * sw + 1 : sw]
-            weights = self.taps[o, pair, : last - first, i, j].reshape(-1, 1, 1)
-            exact = (window * weights).sum(1, dtype=torch.int32)
-            lost[:, o] += exact - exact.clamp(-(2**15), 2**15 - 1)
-        return lost.flatten(1) if self.linear else lost
+        q = q.int()[:, :, None, None] if self.linear else q.int()
+        patches, height, width = _patches(q, self.kernel, *self.geometry, fill=zero_point)
+        patches = patches.flatten(0, 1)
+        lost = torch.zeros(len(patches), self.channels, dtype=torch.int32)
+        for some in torch.arange(len(self.out)).split(max(1, 2**21 // len(patches))):  # a few MB at a time
+            exact = (
+                patches[:, self.first[some]] * self.weights[some, 0]
+                + patches[:, self.second[some]] * self.weights[some, 1]
+            )
+            lost.index_add_(1, self.out[some], exact - exact.clamp(INT16.min, INT16.max))
+        return lost if self.linear else lost.reshape(len(q), height, width, -1).permute(0, 3, 1, 2)
 
 
 def _room_for_bias(weight, weight_scale, bias, scale):
     """Coarsen the scale of channels whose weights are so small that their bias would not fit; return weight and scales."""
     if bias is None:
         return weight, weight_scale, scale
-    factor = (bias.double().abs() / scale / (ACCUMULATOR.max // 4)).clamp(min=1)
+    factor = (bias.double().abs() / scale / (INT32.max // 4)).clamp(min=1)
     if (factor == 1).all():
         return weight, weight_scale, scale
     coarser = (weight.double() / factor.reshape(-1, *(1,) * (weight.ndim - 1))).round().to(weight.dtype)
     return coarser, weight_scale * factor, scale * factor
 
 
+def _patches(q, kernel, stride, padding, dilation, fill=0):
+    """Return what each output of a convolution sees, `(n, height · width, channels · kh · kw)`, with height and width."""
+    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (_pair(v) for v in (kernel, stride, padding, dilation))
+    padded = F.pad(q, (pw, pw, ph, ph), value=fill)
+    windows = padded.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
+    n, _, height, width = windows.shape[:4]
+    return windows.permute(0, 2, 3, 1, 4, 5).reshape(n, height * width, -1), height, width
+
+
 def _shift_right(product, shift):
-    """Return product / 2**shift, rounded half to even, for int64 `product` and 0 <= shift <= 62 (or a left shift below 0)."""
-    shift = torch.as_tensor(shift)
-    right = shift.clamp(min=0)
-    floor = product >> right
-    rest, half = product - (floor << right), (1 << right) >> 1
-    up = (rest > half) | ((rest == half) & (half > 0) & (floor % 2 == 1))
-    return (floor + up) << (-shift).clamp(min=0)
+    """Return product / 2**shift, rounded half to even, for int64 `product` and 1 <= shift <= 62."""
+    # Just under one half goes on top, and one more where the result would be odd, so that ties go to the even side.
+    odd = (product >> shift) & 1
+    return (product + odd + ((1 << (shift - 1)) - 1)) >> shift
 
 
 def _saturate(q, qmin, qmax):

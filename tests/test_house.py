@@ -27,6 +27,14 @@ PUBLIC = {
         "dequantize(q, qparams)",
         "fake_quantize(x, qparams)",
     ],
+    "integer": [
+        "quantize_multiplier(real)",
+        "requantize(acc, m0, shift, zero_point, qmin, qmax)",
+        "linear(q, weight, bias, *, zero_point, m0, shift, out_zero_point)",
+        "conv2d(q, weight, bias, *, zero_point, m0, shift, out_zero_point)",
+        "add(a, b, *, zero_points, multipliers, out_zero_point)",
+        "IntegerModel(quantized_model)",
+    ],
     "int4": [
         "pack(q, bits=4)",
         "unpack(packed, shape, bits=4)",

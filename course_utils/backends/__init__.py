@@ -88,6 +88,20 @@ def convert_qat(model):
     return _family(recipe["engine"]).convert_qat(model, recipe | {"kind": "qat"})
 
 
+def integers(model, images):
+    """Return the 8-bit integers that every step of a quantized model computes on `images`: a dict of name → tensor.
+
+    The names are those of `integer.IntegerModel(model).steps`, so that a learner can compare layer by layer.
+    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make.
+    """
+    recipe = recipe_of(model)
+    if recipe["kind"] not in ("static", "qat"):
+        raise ValueError(
+            f"only statically quantized models compute in integers throughout, this one is {recipe['kind']!r}"
+        )
+    return _family(recipe["engine"]).integers(model, images, recipe["engine"])
+
+
 def recipe_of(model):
     """Return how a quantized model was made, as a dict: kind, engine, per_channel, observer, architecture."""
     try:

@@ -167,8 +167,7 @@ def steps(model):
     return found
 
 
-def integers(model, images):
-    """Return the integers of every step of a converted model on `images`: an ordered dict of step name → 8-bit tensor."""
+def integers(model, images, engine):
     found = {}
 
     class Recorder(torch.fx.Interpreter):
@@ -178,13 +177,9 @@ def integers(model, images):
                 found[node.name] = result.int_repr()
             return result
 
-    with torch.no_grad(), _quietly(recipe_engine(model)):
+    with torch.no_grad(), _quietly(engine):
         Recorder(model).run(images)
     return found
-
-
-def recipe_engine(model):
-    return model.meta["course_recipe"]["engine"]
 
 
 def _describe(node, module, before, value):
