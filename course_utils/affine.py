@@ -34,33 +34,48 @@ class QParams:
         return torch.int32
 
 
-def choose_qparams(x, *, bits=8, symmetric=False, axis=None, group_size=None, signed=None):
+def choose_qparams(x, *, bits=8, symmetric=False, axis=None, group_size=None, signed=None, ragged=False):
     """Return the `QParams` whose range just covers `x` (min-max).
 
     x: float tensor. bits: 2 to 8. symmetric: zero_point 0 and scale = max|x| / qmax; otherwise the range min(x)..max(x),
     stretched to contain 0. axis: one map per index of that dimension. group_size: one map per group within each row
-    (see `QParams`; the last group of a row may be shorter). signed: integers −2^(bits−1)..2^(bits−1)−1 instead of
-    0..2^bits−1; by default the symmetric maps are signed and the others are not.
+    (see `QParams`); it must divide the row, or with `ragged` the last group of a row is shorter. signed: integers
+    −2^(bits−1)..2^(bits−1)−1 instead of 0..2^bits−1; by default the symmetric maps are signed and the others are not.
 
     Raises `ValueError` for an empty tensor, integers, NaN or infinite values, or parameters out of range.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f"bits must be between 2 and 8, got {bits}")
-    if not x.is_floating_point():
-        raise ValueError(f"expected a float tensor, got {x.dtype}: convert it with x.float()")
-    if x.numel() == 0:
-        raise ValueError(f"cannot choose a range for an empty tensor of shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
-        raise ValueError("the tensor holds NaN or infinite values, which have no place in a finite range")
+    low, high = extremes(x, axis=axis, group_size=group_size, ragged=ragged)
+    return qparams_from_range(
+        low, high, bits=bits, symmetric=symmetric, signed=signed, axis=axis, group_size=group_size
+    )
+
+
+def qparams_from_range(low, high, *, bits=8, symmetric=False, signed=None, axis=None, group_size=None):
+    """Return the `QParams` of the range low..high, stretched to contain 0.
+
+    low, high: numbers, or float tensors shaped like the scale in `QParams`. The rest is as in `choose_qparams`.
+    Raises `ValueError` when a range is not finite in float32 or upside down, or when parameters do not fit.
+    """
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits must be a whole number between 2 and 8, got {bits}")
+    low, high = (torch.as_tensor(end, dtype=torch.float64) for end in (low, high))
+    dimensions = 2 if group_size is not None else 0 if axis is None else 1
+    if low.shape != high.shape or low.ndim != dimensions:
+        raise ValueError(
+            f"axis={axis} and group_size={group_size} need low and high of {dimensions} dimensions, "
+            f"got shapes {tuple(low.shape)} and {tuple(high.shape)}"
+        )
+    if not (torch.isfinite(low.float()) & torch.isfinite(high.float()) & (low <= high)).all():
+        raise ValueError("a range needs finite float32 ends, the lower one first")
     signed = symmetric if signed is None else signed
     qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
-    low, high = (extreme.double().clamp(**zero) for extreme, zero in _extremes(x, axis, group_size))
+    low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         scale = (torch.maximum(-low, high) if signed else high) / qmax
     else:
         scale = (high - low) / (qmax - qmin)
-    # A tensor of zeros, or one so small that float32 has no scale for it, gets a scale that maps it to zero_point.
+    # A range of nothing but zero, or one so small that float32 has no scale for it, gets a scale that maps it to zero_point.
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, 1.0, scale).float()
     if symmetric:
         zero_point = torch.zeros_like(scale, dtype=torch.int32)
@@ -69,11 +84,49 @@ def choose_qparams(x, *, bits=8, symmetric=False, axis=None, group_size=None, si
     return QParams(scale, zero_point, qmin, qmax, axis, group_size)
 
 
+def extremes(x, *, axis=None, group_size=None, ragged=False):
+    """Return `(low, high)`: the smallest and largest values of a float tensor, float64, shaped like the scale in `QParams`.
+
+    ragged: the last group of a row may be shorter; it is filled up with zeros, which every range contains anyway.
+    Raises `ValueError` for an empty tensor, integers, NaN or infinite values, an `axis` or a `group_size` that does not fit.
+    """
+    _check_float(x)
+    if x.numel() == 0:
+        raise ValueError(f"cannot choose a range for an empty tensor of shape {tuple(x.shape)}")
+    if not torch.isfinite(x.float()).all():
+        raise ValueError("the tensor holds NaN or infinite values, which have no place in a finite range")
+    if group_size is not None:
+        if axis not in (None, 0):
+            raise ValueError(f"groups run within the rows of dimension 0, got axis={axis}")
+        if not isinstance(group_size, int) or group_size < 1:
+            raise ValueError(f"group_size must be a whole number of at least 1, got {group_size}")
+        if x.ndim == 0:
+            raise ValueError("groups run within rows, and a tensor without dimensions has none")
+        rows = x.reshape(len(x), -1)
+        short = -rows.shape[1] % group_size
+        if short and not ragged:
+            divisors = [d for d in range(1, rows.shape[1] + 1) if rows.shape[1] % d == 0]
+            raise ValueError(
+                f"group_size {group_size} does not divide a row of {rows.shape[1]} numbers: "
+                f"take one of {divisors}, or ragged=True for a shorter last group"
+            )
+        values = torch.nn.functional.pad(rows, (0, short)).unflatten(1, (-1, group_size))
+    elif axis is not None:
+        if axis not in range(-x.ndim, x.ndim):
+            raise ValueError(f"axis {axis} is out of range for a tensor of {x.ndim} dimensions")
+        values = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    else:
+        values = x.reshape(-1)
+    return values.amin(-1).double(), values.amax(-1).double()
+
+
 def quantize(x, qparams):
     """Return the integers of `x`: round(x / scale) + zero_point, half to even, saturated at qmin..qmax.
 
-    Same shape as `x`; int8 or uint8 for up to 8 bits. NaN has no integer: raises `ValueError`.
+    Same shape as `x`; int8 or uint8 for up to 8 bits. Infinite values saturate. Raises `ValueError` for NaN, which has no
+    integer, for a tensor that is not of floats, and for one whose shape does not fit `qparams`.
     """
+    _check_float(x)
     if torch.isnan(x).any():
         raise ValueError("the tensor holds NaN, which no integer can stand for")
     scale, zero_point = (_spread(p, x, qparams) for p in (qparams.scale, qparams.zero_point))
@@ -81,9 +134,16 @@ def quantize(x, qparams):
 
 
 def dequantize(q, qparams):
-    """Return the real numbers that the integers `q` stand for: float32, same shape."""
+    """Return the real numbers that the integers `q` stand for: float32, same shape.
+
+    Where scale · (q − zero_point) is beyond the largest float32, as it can be half a step outside a huge range, the result
+    is that largest number. Raises `ValueError` when `q` is not of integers, or its shape does not fit `qparams`.
+    """
+    if q.is_floating_point() or q.is_complex():
+        raise ValueError(f"expected integers, got {q.dtype}: quantize first")
     scale, zero_point = (_spread(p, q, qparams) for p in (qparams.scale, qparams.zero_point))
-    return (q.int() - zero_point) * scale
+    largest = torch.finfo(torch.float32).max
+    return ((q.int() - zero_point) * scale).clamp(-largest, largest)
 
 
 def fake_quantize(x, qparams):
@@ -98,33 +158,31 @@ def sqnr(reference, approximation):
     return float(10 * torch.log10(signal / noise))
 
 
-def _extremes(x, axis, group_size):
-    """Return ((minima, clamp to <= 0), (maxima, clamp to >= 0)), each minimum shaped like the scale."""
-    if group_size is not None:
-        if axis not in (None, 0):
-            raise ValueError(f"groups run within the rows of dimension 0, got axis={axis}")
-        if group_size < 1:
-            raise ValueError(f"group_size must be at least 1, got {group_size}")
-        rows = x.reshape(len(x), -1)
-        groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size)).unflatten(1, (-1, group_size))
-        low, high = groups.amin(2), groups.amax(2)  # the padding is 0, which every range contains anyway
-    elif axis is not None:
-        if not -x.ndim <= axis < x.ndim:
-            raise ValueError(f"axis {axis} is out of range for a tensor of {x.ndim} dimensions")
-        channels = x.movedim(axis, 0).reshape(x.shape[axis], -1)
-        low, high = channels.amin(1), channels.amax(1)
-    else:
-        low, high = x.amin(), x.amax()
-    return (low, {"max": 0}), (high, {"min": 0})
+def _check_float(x):
+    if not x.is_floating_point():
+        raise ValueError(f"expected a float tensor, got {x.dtype}: convert it with x.float()")
 
 
 def _spread(parameter, x, qparams):
     """Return a scale or zero point in a shape that broadcasts against `x`."""
-    if qparams.group_size is not None:
-        row_length = x[0].numel()
-        return parameter.repeat_interleave(qparams.group_size, 1)[:, :row_length].reshape(x.shape)
-    if qparams.axis is not None:
+    axis, size = qparams.axis, qparams.group_size
+    if size is not None:
+        row_length = x.shape[1:].numel()
+        _check_fit(x.ndim > 0 and parameter.shape == (len(x), -(-row_length // size)), parameter, x, qparams)
+        return parameter.repeat_interleave(size, 1)[:, :row_length].reshape(x.shape)
+    if axis is not None:
+        _check_fit(axis in range(-x.ndim, x.ndim) and parameter.shape == (x.shape[axis],), parameter, x, qparams)
         shape = [1] * x.ndim
-        shape[qparams.axis] = -1
+        shape[axis] = -1
         return parameter.reshape(shape)
-    return parameter
+    _check_fit(parameter.numel() == 1, parameter, x, qparams)
+    return parameter.reshape(())
+
+
+def _check_fit(fits, parameter, x, qparams):
+    if not fits:
+        raise ValueError(
+            f"a tensor of shape {tuple(x.shape)} does not fit parameters of shape {tuple(parameter.shape)} with "
+            f"axis={qparams.axis} and group_size={qparams.group_size}: give one parameter per tensor, per index of the axis, "
+            "or per group of each row"
+        )

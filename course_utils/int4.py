@@ -51,12 +51,12 @@ def unpack(packed, shape, bits=4, *, signed=True):
     return codes.to(torch.uint8)
 
 
-def quantize_groupwise(w, *, bits=4, group_size=32, symmetric=True):
+def quantize_groupwise(w, *, bits=4, group_size=32, symmetric=True, ragged=False):
     """Return `(q, qparams)`: the integers of a weight `(rows, ...)` with one scale per `group_size` weights of a row.
 
-    Scales are rounded to FP16 values, because that is how they are stored.
+    Scales are rounded to FP16 values, because that is how they are stored. The rest is as in `affine.choose_qparams`.
     """
-    chosen = affine.choose_qparams(w, bits=bits, symmetric=symmetric, group_size=group_size)
+    chosen = affine.choose_qparams(w, bits=bits, symmetric=symmetric, group_size=group_size, ragged=ragged)
     # FP16 has no scale below 2^-24; a group that small becomes zeros.
     scale = chosen.scale.half().float().clamp(min=2.0**-24)
     qparams = affine.QParams(scale, chosen.zero_point, chosen.qmin, chosen.qmax, None, group_size)
@@ -71,8 +71,9 @@ def bits_per_weight(bits, group_size, *, symmetric=True):
 def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     """Write `model` with packed convolution and linear weights to `path` (safetensors); return the bytes written.
 
-    The model must be one of `course_utils.models` (its architecture is stored by name). Batch norms are folded first; biases
-    and whatever else remains are stored as FP16. The file is replaced in one step. Raises `ValueError` for other models.
+    The model must be one of `course_utils.models` (its architecture is stored by name). The last group of a row may be
+    shorter: the 147 weights of a first filter of ResNet18 are no multiple of 32. Batch norms are folded first; biases and
+    whatever else remains are stored as FP16. The file is replaced in one step. Raises `ValueError` for other models.
     """
     from safetensors.torch import save_file
 
@@ -80,7 +81,9 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     model = weights.fold_batch_norm(model)
     tensors, shapes = {}, {}
     for name, layer in weights.layers(model).items():
-        q, qparams = quantize_groupwise(layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric)
+        q, qparams = quantize_groupwise(
+            layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric, ragged=True
+        )
         tensors[f"{name}.weight.packed"] = pack(q, bits)
         tensors[f"{name}.weight.scale"] = qparams.scale.half()
         if not symmetric:

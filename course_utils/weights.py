@@ -44,8 +44,9 @@ def fold_batch_norm(model):
 def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=True, keep=()):
     """Return a copy of `model` whose convolution and linear weights are rounded to `bits` bits (biases stay float32).
 
-    axis=0: one scale per output channel; axis=None: one per tensor; group_size: see `affine.choose_qparams`.
-    keep: names of layers left in float32. The copy computes in float32: it shows the accuracy of few bits, not their speed.
+    axis=0: one scale per output channel; axis=None: one per tensor; group_size: one per so many weights of a row, of which
+    the last group may be shorter. keep: names of layers left in float32.
+    The copy computes in float32: it shows the accuracy of few bits, not their speed.
     Raises `ValueError` when `keep` names a layer that the model does not have.
     """
     model = copy.deepcopy(model)
@@ -59,7 +60,12 @@ def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=Tru
         if name not in keep:
             w = layer.weight.data
             qparams = affine.choose_qparams(
-                w, bits=bits, symmetric=symmetric, axis=None if group_size else axis, group_size=group_size
+                w,
+                bits=bits,
+                symmetric=symmetric,
+                axis=None if group_size else axis,
+                group_size=group_size,
+                ragged=True,
             )
             layer.weight.data = affine.fake_quantize(w, qparams)
     return model

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,12 @@ PUBLIC = {
         "dequantize(q, qparams)",
         "fake_quantize(x, qparams)",
     ],
+    "formats": [
+        f"{name}.{method}"
+        for name in ("FP32", "FP16", "BF16", "FP8_E4M3", "FP8_E5M2", "INT8", "INT4", "FP4_E2M1", "NF4")
+        for method in ("encode(x)", "decode(codes)")
+    ],
+    "observers": ["MinMax()", "MovingAverage()", "Percentile()", "MSE()", "Entropy()"],
     "integer": [
         "quantize_multiplier(real)",
         "requantize(acc, m0, shift, zero_point, qmin, qmax)",
@@ -148,7 +155,8 @@ def test_importing_the_course_is_quick_and_brings_no_heavy_package():
 def test_public_names_keep_their_signatures(module, expected):
     name = expected.split("(")[0]
     wanted = inspect.signature(eval(f"lambda {expected[len(name) + 1 : -1]}: None")).parameters
-    found = inspect.signature(getattr(importlib.import_module(f"course_utils.{module}"), name)).parameters
+    found = operator.attrgetter(name)(importlib.import_module(f"course_utils.{module}"))
+    found = inspect.signature(found).parameters
     leading = [p.name for p in wanted.values() if p.kind is not p.KEYWORD_ONLY]
     assert list(found)[: len(leading)] == leading
     for parameter in wanted.values():

@@ -85,12 +85,19 @@ def test_the_wrong_number_of_bytes_is_refused(n, dtype):
 def test_groupwise_scales_can_be_stored_in_half_precision(symmetric):
     w = torch.randn(6, 5, 3, generator=torch.Generator().manual_seed(0)) * 1e-3
     w[0] = 1e-9
-    q, qparams = int4.quantize_groupwise(w, bits=4, group_size=4, symmetric=symmetric)
+    q, qparams = int4.quantize_groupwise(w, bits=4, group_size=4, symmetric=symmetric, ragged=True)
     assert torch.equal(qparams.scale.half().float(), qparams.scale) and (qparams.scale > 0).all()
     assert qparams.scale.shape == (6, 4)
     error = (affine.dequantize(q, qparams) - w).abs().reshape(6, -1)
     step = qparams.scale.repeat_interleave(4, 1)[:, :15]
     assert (error <= 0.51 * step + 15 * step * 2**-10).all()
+
+
+def test_groups_that_do_not_divide_a_row_are_refused():
+    with pytest.raises(
+        ValueError, match=r"group_size 4 does not divide a row of 6 numbers: take one of \[1, 2, 3, 6\]"
+    ):
+        int4.quantize_groupwise(torch.ones(2, 3, 2), group_size=4)
 
 
 def test_bits_per_weight_count_scales_and_zero_points():
@@ -103,7 +110,9 @@ def twin(model, bits, group_size, symmetric):
     found = weights.fold_batch_norm(model)
     found.load_state_dict({k: v.half().float() for k, v in found.state_dict().items() if v.is_floating_point()})
     for name, layer in weights.layers(weights.fold_batch_norm(model)).items():
-        q, qparams = int4.quantize_groupwise(layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric)
+        q, qparams = int4.quantize_groupwise(
+            layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric, ragged=True
+        )
         found.get_submodule(name).weight.data = affine.dequantize(q, qparams)
     return found
 
