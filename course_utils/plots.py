@@ -46,6 +46,19 @@ def number_bits(rows, title=""):
     return figure
 
 
+def number_lines(grids, *, xlabel, title="", log=False):
+    """Draw the numbers of formats as ticks, one line a format: grids is a dict of label → values; `log`: positive ones only."""
+    figure, axis = plt.subplots(figsize=(7.5, 0.42 * len(grids) + 1.1))
+    for y, values in enumerate(reversed(grids.values())):
+        values = np.asarray(values)
+        axis.vlines(values[values > 0] if log else values, y - 0.32, y + 0.32, color=BLUE, lw=0.9)
+        axis.axhline(y, color=GREY, lw=0.5, zorder=0)
+    axis.set(yticks=range(len(grids)), yticklabels=reversed(grids), xlabel=xlabel, title=title)
+    if log:
+        axis.set_xscale("log", base=2)
+    return figure
+
+
 def histogram_with_grid(values, grids, *, bins=200, title=""):
     """Draw one panel a grid: the histogram of `values` (tensor) and, as ticks below it, the values a grid can represent.
 
@@ -140,6 +153,31 @@ def intervals(rows, *, xlabel, title="", baseline=None):
     return figure
 
 
+def clip_or_round(thresholds, errors, marks, *, xlabel, title=""):
+    """Draw one panel a width: mean squared error against the threshold, split into its two parts, and where observers land.
+
+    errors: dict of panel title → `(rounding, clipping)`, each with one value a threshold. marks: dict of panel title →
+    {observer: threshold}.
+    """
+    figure, axes = plt.subplots(1, len(errors), figsize=(3.4 * len(errors), 3.6), sharex=True, squeeze=False)
+    for axis, (panel, (rounding, clipping)) in zip(axes[0], errors.items(), strict=True):
+        rounding, clipping = np.asarray(rounding), np.asarray(clipping)
+        axis.plot(thresholds, rounding, color=BLUE, label="rounding error")
+        axis.plot(thresholds, clipping, color=RED, label="clipping error")
+        axis.plot(thresholds, rounding + clipping, color="black", lw=1, ls="--", label="both")
+        for (name, threshold), colour, style in zip(
+            marks[panel].items(), [GREY, GREEN, ORANGE, "purple"], ["-", ":", "-", "-."], strict=False
+        ):
+            axis.axvline(threshold, color=colour, ls=style, lw=1.6, label=name)
+        total = rounding + clipping
+        axis.set(ylim=(0, 4 * total.min()), title=panel, xlabel=xlabel, yticks=[])
+    axes[0, 0].set_ylabel("mean squared error")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize="medium")
+    return figure
+
+
 def channel_ranges(weight, *, title=""):
     """Draw the smallest and largest weight of each output channel of `weight` (out, ...), sorted by range."""
     rows = weight.detach().flatten(1)
@@ -168,6 +206,8 @@ def lines(x, series, *, xlabel, ylabel, title="", log=False):
     if log:
         axis.set(xscale="log", yscale="log")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if len(series) > 1:
+    if len(series) > 5:  # too many to find a free corner for
+        figure.legend(loc="outside right upper")
+    elif len(series) > 1:
         axis.legend()
     return figure

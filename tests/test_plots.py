@@ -32,6 +32,26 @@ def test_the_bits_of_numbers_can_be_read_with_their_labels():
     assert len(figure.axes[0].patches) == 6
 
 
+@pytest.mark.parametrize(("log", "ticks"), [(False, [3, 2]), (True, [1, 2])])
+def test_number_lines_tick_every_number_in_the_order_given_from_the_top(log, ticks):
+    grids = {"signed": torch.tensor([-1.0, 0.0, 1.0]), "positive": torch.tensor([1.0, 2.0])}
+    axis = plots.number_lines(grids, xlabel="value", title="Lines", log=log).axes[0]
+    assert [len(collection.get_segments()) for collection in axis.collections] == ticks[::-1]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["positive", "signed"]
+    assert axis.get_xscale() == ("log" if log else "linear")
+
+
+def test_clip_or_round_adds_its_two_errors_and_names_the_marks():
+    rounding, clipping = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([4.0, 1.0, 0.0])
+    figure = plots.clip_or_round(
+        [0.1, 0.5, 1.0], {"4 bits": (rounding, clipping)}, {"4 bits": {"min-max": 1.0, "MSE": 0.5}}, xlabel="t"
+    )
+    curves = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert curves["both"] == [5, 3, 3]
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines[3:]] == [1.0, 0.5]
+    assert all(word in texts(figure) for word in ("rounding error", "clipping error", "min-max", "MSE", "4 bits"))
+
+
 def test_a_panel_a_grid_with_a_tick_for_every_value():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     grids = {"INT2": torch.tensor([-1.0, 0.0, 1.0]), "INT3": torch.linspace(-1, 1, 7)}
