@@ -82,18 +82,41 @@ class Comparison:
 
 def compare(first, second, batches):
     """Return the `Comparison` of two models on the same images; arguments and errors as in `accuracy`."""
-    n = a_right = b_right = flips = fixed = broke = 0
-    for outputs, labels in _outputs([first, second], batches):
-        a, b = (logits.argmax(1) for logits in outputs)
-        n += len(labels)
-        a_right += int((a == labels).sum())
-        b_right += int((b == labels).sum())
-        flips += int((a != b).sum())
-        fixed += int(((a != labels) & (b == labels)).sum())
-        broke += int(((a == labels) & (b != labels)).sum())
-    if n == 0:
+    outputs = [(*(logits.argmax(1) for logits in both), labels) for both, labels in _outputs([first, second], batches)]
+    if not outputs:
         raise ValueError(NO_IMAGES)
-    return Comparison(n, Proportion(a_right, n), Proportion(b_right, n), flips, fixed, broke)
+    return compare_predictions(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+
+def predictions(model, batches):
+    """Return `(classes, labels)`, int64 `(images,)` each: what `model` predicts and what is true; arguments as in `accuracy`.
+
+    For a model that many others are compared with: it runs once, and `compare_predictions` does the rest.
+    """
+    outputs = [(logits.argmax(1), labels) for (logits,), labels in _outputs([model], batches)]
+    if not outputs:
+        raise ValueError(NO_IMAGES)
+    classes, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
+    return classes, labels
+
+
+def compare_predictions(first, second, labels):
+    """Return the `Comparison` of two lists of predicted classes with the true `labels`: int64 tensors `(images,)`.
+
+    Raises `ValueError` when they differ in length or are empty.
+    """
+    if not len(first) == len(second) == len(labels) > 0:
+        raise ValueError(f"need as many predictions as labels, got {len(first)}, {len(second)} and {len(labels)}")
+    a_right, b_right = first == labels, second == labels
+    n = len(labels)
+    return Comparison(
+        n,
+        Proportion(int(a_right.sum()), n),
+        Proportion(int(b_right.sum()), n),
+        flips=int((first != second).sum()),
+        fixed=int((~a_right & b_right).sum()),
+        broke=int((a_right & ~b_right).sum()),
+    )
 
 
 def _outputs(models, batches):

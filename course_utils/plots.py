@@ -211,3 +211,41 @@ def lines(x, series, *, xlabel, ylabel, title="", log=False):
     elif len(series) > 1:
         axis.legend()
     return figure
+
+
+def interval_lines(x, series, *, xlabel, ylabel, title="", log2=False, baseline=None):
+    """Draw curves with their intervals as bands: series is a dict of label → `(values, lows, highs)`, one of each an x."""
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    markers = itertools.cycle("osD^v")
+    for label, (values, lows, highs) in series.items():
+        (line,) = axis.plot(x, values, marker=next(markers), ms=4, lw=1.2, label=label)
+        axis.fill_between(x, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
+    if baseline is not None:
+        axis.axhline(baseline, color=GREY, ls="--", lw=1)
+    if log2:
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(x, [str(value) for value in x])
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
+    return figure
+
+
+def pareto(series, *, xlabel, ylabel, title="", baseline=None):
+    """Draw points `(size, value, low, high, label)` by strategy: series is a dict of strategy → list of points, joined."""
+    figure, axis = plt.subplots(figsize=(7, 3.8))
+    markers = itertools.cycle("osD^v")
+    for strategy, points in series.items():
+        sizes, values, lows, highs, labels = zip(*sorted(points), strict=True)
+        below, above = np.subtract(values, lows), np.subtract(highs, values)
+        line = axis.errorbar(
+            sizes, values, yerr=np.stack([below, above]), marker=next(markers), capsize=3, lw=1.2, label=strategy
+        )
+        for size, value, label in zip(sizes, values, labels, strict=True):
+            axis.annotate(
+                label, (size, value), (4, -11), textcoords="offset points", fontsize=8, color=line[0].get_color()
+            )
+    if baseline is not None:
+        axis.axhline(baseline, color=GREY, ls="--", lw=1)
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
+    return figure

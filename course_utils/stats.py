@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from statistics import NormalDist
+from statistics import NormalDist, correlation
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,21 @@ def bootstrap_ratio(numerator, denominator, *, confidence=0.95, resamples=2000, 
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = ratios.quantile(tails).tolist()
     return float(a.quantile(0.5) / b.quantile(0.5)), low, high
+
+
+def rank_correlation(first, second):
+    """Return Spearman's rank correlation of two samples of equal length: 1 for the same order, −1 for the reverse.
+
+    Equal values share the mean of their ranks. Raises `ValueError` for fewer than two values, unequal lengths, or a sample
+    that is constant and so has no order. Spearman, *The Proof and Measurement of Association between Two Things*, 1904.
+    """
+    if len(first) != len(second) or len(first) < 2:
+        raise ValueError(f"need two samples of equal length, at least 2, got {len(first)} and {len(second)}")
+    if len(set(first)) == 1 or len(set(second)) == 1:
+        raise ValueError("a constant sample has no order to compare")
+    return correlation(_ranks(first), _ranks(second))
+
+
+def _ranks(values):
+    ordered = sorted(values)
+    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

@@ -41,11 +41,12 @@ def fold_batch_norm(model):
     return model
 
 
-def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=True, keep=()):
+def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=True, keep=(), clip="minmax"):
     """Return a copy of `model` whose convolution and linear weights are rounded to `bits` bits (biases stay float32).
 
     axis=0: one scale per output channel; axis=None: one per tensor; group_size: one per so many weights of a row, of which
-    the last group may be shorter. keep: names of layers left in float32.
+    the last group may be shorter. keep: names of layers left in float32. clip: `"minmax"` or `"mse"`, as in
+    `affine.choose_qparams`.
     The copy computes in float32: it shows the accuracy of few bits, not their speed.
     Raises `ValueError` when `keep` names a layer that the model does not have.
     """
@@ -66,6 +67,7 @@ def fake_quantize_weights(model, *, bits, axis=0, group_size=None, symmetric=Tru
                 axis=None if group_size else axis,
                 group_size=group_size,
                 ragged=True,
+                clip=clip,
             )
             layer.weight.data = affine.fake_quantize(w, qparams)
     return model

@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -7,10 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from torch.nn import functional as F
 
-from course_utils import backends, data, measure, qat
-from course_utils.backends import Engine
+from course_utils import affine, backends, cpu, data, integer, measure, qat
+from course_utils.backends import Engine, torch_ao
+from course_utils.backends.float_model import FloatModel
 from tests.conftest import fingerprint
 
 
@@ -29,6 +33,12 @@ class SmallCNN(nn.Module):
 def outputs(model, images):
     with torch.no_grad():
         return model(images)
+
+
+def need(engine):
+    """Skip the test where `engine`, one of torch's own, does not run."""
+    if engine not in torch.backends.quantized.supported_engines:
+        pytest.skip(f"engine {engine} does not run on this machine")
 
 
 def integer_layers(model):
@@ -127,10 +137,11 @@ def test_the_ranges_come_from_all_calibration_batches(small, images):
     assert torch.equal(both, scale_of((x, None) for x in (images, 10 * images)))  # labels are not looked at
 
 
-@pytest.mark.parametrize("options", [{"per_channel": False}, {"observer": "histogram"}, {"engine": "x86"}])
+@pytest.mark.parametrize(
+    "options", [{"per_channel": False}, {"observer": "histogram"}, {"engine": "x86"}, {"reduce_range": True}]
+)
 def test_other_ways_to_quantize_work_and_survive_the_file(small, calibration, images, tmp_path, options):
-    if not next(e.runs for e in backends.engines() if e.name == options.get("engine", backends.default_engine())):
-        pytest.skip("this engine does not run on this machine")
+    need(options.get("engine", backends.default_engine()))
     int8 = backends.quantize_static(small, calibration, **options)
     recipe = backends.recipe_of(int8)
     assert recipe["kind"] == "static" and options.items() <= recipe.items()
@@ -239,8 +250,9 @@ def test_an_engine_that_does_not_run_here_says_why_and_what_does(small, calibrat
 
 def test_an_engine_family_that_cannot_be_imported_is_a_sentence(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "course_utils.backends.torch_ao", None)
-    assert not any(engine.runs for engine in backends.engines())
-    assert all("not available" in engine.why for engine in backends.engines())
+    found = [engine for engine in backends.engines() if engine.name in backends.FAMILIES["torch_ao"]]
+    assert len(found) == 4 and not any(engine.runs for engine in found)
+    assert all("not available" in engine.why for engine in found)
     with pytest.raises(RuntimeError, match="no integer engine runs on this machine.*not available"):
         backends.quantize_static(small, [])
     with pytest.raises(RuntimeError, match="not available"):
@@ -249,19 +261,42 @@ def test_an_engine_family_that_cannot_be_imported_is_a_sentence(small, monkeypat
 
 @pytest.mark.parametrize(("vnni", "expected"), [(True, "onednn"), (False, "x86")])
 def test_without_vnni_the_default_engine_is_the_one_that_cannot_saturate(monkeypatch, vnni, expected):
-    monkeypatch.setattr(backends, "engines", lambda: [Engine(n, True, "") for n in ("qnnpack", "x86", "onednn")])
+    found = [Engine(n, True, "") for n in ("qnnpack", "x86", "onednn")]
+    monkeypatch.setattr(backends, "_family_engines", {"torch_ao": found}.get)  # and no other family is asked
     monkeypatch.setattr(backends.cpu, "has_vnni", lambda: vnni)
     assert backends.default_engine() == expected
 
 
-def test_x86_leaves_one_bit_of_headroom(small, calibration, tmp_path):
-    if not next(e.runs for e in backends.engines() if e.name == "x86"):
-        pytest.skip("this engine does not run on this machine")
-    zero_points = {}
-    for engine in ("x86", "onednn"):
-        backends.save(backends.quantize_static(small, calibration, engine=engine), tmp_path / engine)
-        zero_points[engine] = load_file(tmp_path / engine)["features_0_input_zero_point_0"]
-    assert int(zero_points["x86"]) <= 127 and abs(int(zero_points["onednn"]) - 2 * int(zero_points["x86"])) <= 1
+@pytest.mark.parametrize("vnni", [True, False])
+def test_engines_that_may_saturate_get_headroom_by_default(monkeypatch, vnni):
+    monkeypatch.setattr(backends.cpu, "has_vnni", lambda: vnni)
+    headroom = {name: backends.needs_headroom(name) for name in ("x86", "fbgemm", "onednn", "pt2e", "qnnpack")}
+    assert headroom == {"x86": True, "fbgemm": True, "onednn": not vnni, "pt2e": not vnni, "qnnpack": False}
+
+
+@pytest.mark.parametrize("engine", ["onednn", "x86", "fbgemm", "qnnpack"])
+def test_the_range_is_the_engines_safe_one_unless_asked_otherwise(small, calibration, tmp_path, engine):
+    need(engine)
+    scales = {}
+    for choice in (None, True, False):
+        int8 = backends.quantize_static(small, calibration, engine=engine, reduce_range=choice)
+        expected = backends.needs_headroom(engine) if choice is None else choice
+        assert backends.recipe_of(int8)["reduce_range"] is expected
+        backends.save(int8, tmp_path / "model")
+        scales[choice] = float(load_file(tmp_path / "model")["features_0_input_scale_0"])
+    assert scales[True] / scales[False] == pytest.approx(255 / 127)
+    assert scales[None] == scales[backends.needs_headroom(engine)]
+
+
+def test_quantization_aware_training_keeps_to_the_same_range(small, images):
+    for choice, largest in ((True, 127), (False, 255)):
+        prepared = backends.prepare_qat(small, reduce_range=choice)
+        ends = {
+            m.activation_post_process.quant_max for m in prepared.modules() if hasattr(m, "activation_post_process")
+        }
+        assert largest in ends and ends <= {largest, 127}  # 127 is also the end of signed weights
+        prepared(images)
+        assert backends.recipe_of(backends.convert_qat(prepared))["reduce_range"] is choice
 
 
 def test_calibration_without_images_is_refused(small):
@@ -308,6 +343,66 @@ def test_a_truncated_file_is_refused(saved, tmp_path, share):
         backends.load(tmp_path / "model")
 
 
+@pytest.fixture(scope="module")
+def small_file(small, calibration, tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "model"
+    backends.save(backends.quantize_static(small, calibration), path)
+    return path
+
+
+def test_any_changed_byte_is_noticed(small_file, tmp_path):
+    content = small_file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for position in (*range(0, header, 41), *range(header, len(content), 7)):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        (tmp_path / "model").write_bytes(changed)
+        with pytest.raises(ValueError, match="save the model again|was not written by backends.save|version of the course"):
+            backends.load(tmp_path / "model", model=SmallCNN())
+
+
+def test_a_changed_weight_is_named_with_what_to_do(small_file, tmp_path):
+    changed = bytearray(small_file.read_bytes())
+    changed[-1] ^= 1
+    (tmp_path / "model").write_bytes(changed)
+    with pytest.raises(ValueError, match="model is damaged.*checksum.*Copy it again from where it came, or save"):
+        backends.load(tmp_path / "model", model=SmallCNN())
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("squeeze-int8-3", "a newer version of the course.*'squeeze-int8-3'.*update the course"),
+        ("squeeze-int8-10", "newer version of the course"),
+        ("squeeze-int8-1", "an older version of the course.*'squeeze-int8-1'.*quantize the model again"),
+        ("other-2", "not written by backends.save"),
+    ],
+)
+def test_a_file_of_another_version_says_so(small, calibration, tmp_path, monkeypatch, format, expected):
+    with monkeypatch.context() as later:
+        later.setattr(backends, "FORMAT", format)
+        backends.save(backends.quantize_static(small, calibration), tmp_path / "model")
+    with pytest.raises(ValueError, match=expected):
+        backends.load(tmp_path / "model", model=SmallCNN())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("stride", (1, 1)), ("padding", (1, 1)), ("dilation", (2, 2)), ("padding_mode", "reflect")]
+)
+def test_a_float_module_with_the_same_weights_and_another_geometry_is_refused(small_file, key, value):
+    other = SmallCNN()
+    setattr(other.features[0], key, value)
+    with pytest.raises(ValueError, match=rf"do not fit this SmallCNN: features.0 has {key} .*Pass the architecture"):
+        backends.load(small_file, model=other)
+
+
+def test_a_float_module_with_another_activation_is_refused(small_file):
+    other = SmallCNN()
+    other.features[2] = nn.ReLU6()
+    with pytest.raises(ValueError, match="features.2 has class ReLU6, and had ReLU"):
+        backends.load(small_file, model=other)
+
+
 def test_an_interrupted_save_keeps_the_old_file(int8, tmp_path, monkeypatch):
     def interrupted(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -329,5 +424,102 @@ def test_the_file_says_how_the_model_was_made(saved):
         "engine": backends.default_engine(),
         "per_channel": True,
         "observer": "minmax",
+        "reduce_range": backends.needs_headroom(backends.default_engine()),
         "architecture": {"name": "resnet18", "num_classes": 10},
     }
+
+
+# The same numbers in float arithmetic, and kernels that do otherwise -----------------------------------------------------
+
+
+def test_the_float_reference_is_close_to_torchs_own(resnet18, calibration, images):
+    need("onednn")
+    with torch_ao._quietly("onednn"):
+        prepared = prepare_fx(copy.deepcopy(resnet18), get_default_qconfig_mapping("onednn"), (images,))
+        outputs(prepared, images)
+        theirs, converted = convert_to_reference_fx(copy.deepcopy(prepared)), convert_fx(prepared)
+        expected = outputs(theirs, images)
+    found = FloatModel(torch_ao.steps(converted))(images)
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_every_layer_of_the_float_reference_is_within_one_of_the_integers(mobilenet_v2, calibration, images):
+    int8 = backends.quantize_static(mobilenet_v2, calibration)
+    floats, integers = backends.reference(int8), integer.IntegerModel(int8)
+    values, meaning = {"": images}, {step.name: step.output for step in integers.steps}
+    for step in integers.steps[:-1]:
+        before = [values[name] for name in step.inputs or ("",)]
+        values[step.name] = integers.run(step, *before)
+        reals = [affine.dequantize(q, meaning[name]) for q, name in zip(before, step.inputs, strict=False)] or before
+        found = affine.quantize(floats.run(step, *reals), step.output)
+        difference = (found.int() - values[step.name].int()).abs()
+        assert difference.max() <= 1 and (difference == 0).double().mean() > 0.99, step.name
+
+
+def test_the_float_reference_needs_a_statically_quantized_model(resnet18):
+    with pytest.raises(ValueError, match="ResNet was not made by"):
+        backends.reference(resnet18)
+    with pytest.raises(ValueError, match="only statically quantized"):
+        backends.reference(backends.quantize_dynamic(resnet18))
+    with pytest.raises(ValueError, match="step a: fold has no counterpart in float arithmetic"):
+        FloatModel([integer.Step("a", "fold")])
+
+
+def depthwise(channels):
+    """A network whose one 3 × 3 convolution has as many groups as channels, with the largest weights all over."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, channels, 1), nn.ReLU(), nn.Conv2d(channels, channels, 3, 1, 1, groups=channels))
+    with torch.no_grad():
+        model[2].weight.copy_(model[2].weight.sign())
+    return model.eval()
+
+
+def lost_by_taps(step, q, zero_point):
+    """What fbgemm's depthwise kernels lose: they pair neighbouring taps of a channel, where others pair channels."""
+    weight, geometry = step.options["weight"], [step.options[key] for key in ("stride", "padding", "dilation")]
+    patches, height, width = integer._patches(q.int(), weight.shape[2:], *geometry, fill=zero_point)
+    as_channels = patches.permute(0, 2, 1).reshape(len(q), -1, height, width)
+    return integer.PairSaturation(weight.flatten(1)[:, :, None, None], groups=len(weight))(as_channels, zero_point)
+
+
+def compare_depthwise(channels, engine, reduce_range, images):
+    """Return the integers of the depthwise layer on the same input: `(kernel, exact, saturating)`."""
+    need(engine)
+    int8 = backends.quantize_static(depthwise(channels), [images], engine=engine, reduce_range=reduce_range)
+    model, kernel = integer.IntegerModel(int8), backends.integers(int8, images)
+    step = next(step for step in model.steps if step.options.get("groups", 1) > 1)
+    source = next(s.output for s in model.steps if s.name == step.inputs[0])
+    q, zero_point = kernel[step.inputs[0]], int(source.zero_point)
+    scale = source.scale.double() * step.options["weight_scale"].double()
+    geometry = {key: step.options[key] for key in ("stride", "padding", "dilation", "groups")}
+    bias = integer.quantize_bias(step.options["bias"], scale)
+    acc = integer.conv2d_accumulate(q, step.options["weight"], bias, zero_point, **geometry)
+    m0, shift = (part.reshape(-1, 1, 1) for part in integer.quantize_multiplier(scale / step.output.scale.double()))
+    acc = acc - lost_by_taps(step, q, zero_point)
+    saturating = integer.requantize(acc, m0, shift, int(step.output.zero_point), 0, 255)
+    return kernel[step.name].int(), model.run(step, q).int(), saturating.int()
+
+
+@pytest.mark.parametrize("engine", ["fbgemm", "x86"])
+def test_depthwise_kernels_of_fbgemm_saturate_pairs_of_taps_whatever_the_processor(engine, images):
+    kernel, exact, saturating = compare_depthwise(128, engine, False, images)
+    assert (kernel - exact).abs().max() > 10
+    assert (kernel - saturating).abs().max() <= 1
+
+
+@pytest.mark.parametrize("engine", ["fbgemm", "x86"])
+def test_their_safe_default_is_exact(engine, images):
+    kernel, exact, saturating = compare_depthwise(128, engine, None, images)
+    assert (kernel - exact).abs().max() <= 1 and torch.equal(exact, saturating)
+
+
+def test_x86_hands_up_to_100_groups_to_onednn_where_there_is_vnni(images):
+    if "avx512_vnni" not in cpu.flags():
+        pytest.skip("this processor has no AVX512-VNNI")
+    kernel, exact, saturating = compare_depthwise(96, "x86", False, images)
+    assert (kernel - exact).abs().max() <= 1 and not torch.equal(exact, saturating)
+
+
+def test_qnnpack_is_exact_on_all_8_bits(images):
+    kernel, exact, saturating = compare_depthwise(128, "qnnpack", None, images)
+    assert (kernel - exact).abs().max() <= 1 and not torch.equal(exact, saturating)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_utils"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENGINES = ("torch.ao", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "tensorrt")
-ARITHMETIC = ("formats", "affine", "observers", "integer", "rounding", "weights", "int4", "stats", "tables")
+ARITHMETIC = ("formats", "affine", "observers", "integer", "rounding", "weights", "int4", "simulate", "stats", "tables")
 ABOVE = ("backends", "measure", "ledger", "plots", "widgets", "exercises", "tools", "qat")
 PUBLIC = {
     "data": ["fashion_mnist(split, *, size=64)", "batches(dataset, batch_size, *, limit=None)"],
@@ -48,6 +48,16 @@ PUBLIC = {
         "quantize_groupwise(w, *, bits=4, group_size=32, symmetric=True)",
         "save_packed(model, path, *, bits=4)",
         "load_packed(path)",
+    ],
+    "rounding": [
+        "bias_correction(model, quantized, batches)",
+        "cross_layer_equalization(model)",
+        "adaround(model, policy, batches, *, seed=0)",
+    ],
+    "simulate": [
+        "Policy(weights=8, activations=None, granularity='channel')",
+        "quantize(model, policy, calibration=None)",
+        "size(model, policy)",
     ],
     "backends": [
         "quantize_dynamic(model)",

@@ -205,7 +205,8 @@ def test_every_layer_of_resnet18_is_within_one_of_the_kernel_and_nearly_all_inte
     assert sum(op in ("conv2d", "linear") for op, _, _ in layers.values()) == 21
     for name, (op, largest, equal) in layers.items():
         assert largest <= 1 and equal >= 0.998, (name, op, largest, equal)
-        assert op in ("conv2d", "linear") or equal == 1, f"{name}: {op} should have nothing to disagree about"
+        rounds = op in ("conv2d", "linear", "add")  # the kernel's multipliers are float32: near a tie the two may part
+        assert rounds or equal == 1, f"{name}: {op} should have nothing to disagree about"
 
 
 def test_resnet18_on_integers_predicts_what_the_kernels_predict(int8, photos):

@@ -203,3 +203,19 @@ def test_the_machine_is_described_by_facts_that_json_can_hold():
     assert facts["cpu"] and facts["cores"] >= 1 and facts["torch"] == torch.__version__
     assert facts["python"] == platform.python_version()
     assert facts["memory_gib"] is None or facts["memory_gib"] > 0
+
+
+def test_stored_predictions_compare_as_the_models_do(resnet18, images):
+    batches = [(images[:4], torch.tensor([0, 1, 2, 3])), (images[4:], torch.tensor([4, 5, 6, 7]))]
+
+    def other(x):
+        return resnet18(x).roll(1, 1)
+
+    first, labels = measure.predictions(resnet18, batches)
+    second, again = measure.predictions(other, batches)
+    assert torch.equal(labels, torch.arange(8)) and torch.equal(labels, again)
+    assert measure.compare_predictions(first, second, labels) == measure.compare(resnet18, other, batches)
+    with pytest.raises(ValueError, match="no images"):
+        measure.predictions(resnet18, [])
+    with pytest.raises(ValueError, match="8, 7 and 8"):
+        measure.compare_predictions(first, second[1:], labels)

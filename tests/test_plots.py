@@ -123,3 +123,20 @@ def test_the_same_data_gives_the_same_bytes():
         return file.getvalue()
 
     assert picture() == picture()
+
+
+def test_lines_with_intervals_have_a_band_each_and_name_their_counts():
+    series = {"real": ([1, 2], [0, 1], [2, 3]), "noise": ([3, 3], [2, 2], [4, 4])}
+    axis = plots.interval_lines(
+        [1, 64], series, xlabel="images", ylabel="%", title="Audit", log2=True, baseline=2
+    ).axes[0]
+    assert len(axis.collections) == 2 and len(axis.lines) == 3
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "64"]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["real", "noise"]
+
+
+def test_a_pareto_plot_joins_the_points_of_a_strategy_by_size_and_labels_each():
+    figure = plots.pareto({"uniform": [(5, 90, 89, 91, "4 bits"), (2, 50, 48, 52, "2 bits")]}, xlabel="MB", ylabel="%")
+    line = figure.axes[0].lines[0]
+    assert line.get_xdata().tolist() == [2, 5] and line.get_ydata().tolist() == [50, 90]
+    assert all(word in texts(figure) for word in ("2 bits", "4 bits", "uniform"))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course_utils.stats import Proportion, bootstrap_ratio, mcnemar, paired_difference
+from course_utils.stats import Proportion, bootstrap_ratio, mcnemar, paired_difference, rank_correlation
 
 quick = settings(max_examples=100)
 
@@ -119,3 +119,18 @@ def test_the_bootstrap_is_the_same_each_time_for_the_same_seed():
 def test_samples_that_are_no_pairs_are_refused(a, b):
     with pytest.raises(ValueError, match="equal length"):
         bootstrap_ratio(a, b)
+
+
+def test_rank_correlation_sees_the_order_alone():
+    assert rank_correlation([1, 2, 3, 4], [0.1, 10, 1000, 1e9]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [9, 7, 5, -1]) == pytest.approx(-1)
+    # Equal values share a rank: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4, worked out by hand.
+    assert rank_correlation([5, 6, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"), [([1], [2], "at least 2"), ([1, 2], [1, 2, 3], "equal length"), ([1, 1], [1, 2], "constant")]
+)
+def test_samples_without_an_order_are_refused(a, b, message):
+    with pytest.raises(ValueError, match=message):
+        rank_correlation(a, b)

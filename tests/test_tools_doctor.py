@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from course_utils import cpu
+from course_utils import backends, cpu
+from course_utils.backends import Engine
 from course_utils.tools import doctor
 
 
@@ -97,6 +98,21 @@ def test_broken_torchao_is_a_warning(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: "0.1")
     monkeypatch.setattr(doctor, "_import_error", lambda name: "does not load")
     assert [finding.status for finding in doctor.torchao()] == ["WARN"]
+
+
+def test_engines_that_do_not_run_are_named_with_the_reason(monkeypatch):
+    found = [Engine("onednn", True, "part of this torch"), Engine("pt2e", False, f"no torchao in {Path.home()}/lib")]
+    monkeypatch.setattr(backends, "engines", lambda: found)
+    monkeypatch.setattr(backends, "default_engine", lambda: "onednn")
+    running, absent = doctor.int8_engines()
+    assert (running.status, running.found) == ("OK", "onednn; by default: onednn")
+    assert (absent.status, absent.what) == ("OK", "engine pt2e")
+    assert "does not run (optional): no torchao in" in absent.found and str(Path.home()) not in absent.found
+
+
+def test_a_torch_without_any_engine_fails(monkeypatch):
+    monkeypatch.setattr(backends, "_family_engines", lambda family: [])
+    assert [finding.status for finding in doctor.int8_engines()] == ["FAIL"]
 
 
 def test_little_memory_is_a_warning(monkeypatch):

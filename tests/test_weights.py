@@ -116,3 +116,13 @@ def test_the_original_can_still_be_trained():
     rounded = weights.fake_quantize_weights(model, bits=2)
     rounded(torch.ones(1, 3)).sum().backward()
     assert model.weight.grad is None and torch.equal(model.weight, before["weight"])
+
+
+@pytest.mark.parametrize("granularity", [{"axis": None}, {"axis": 0}, {"group_size": 32}])
+def test_clipping_by_error_rounds_every_layer_closer(resnet18, granularity):
+    plain = weights.layers(weights.fake_quantize_weights(resnet18, bits=3, **granularity))
+    clipped = weights.layers(weights.fake_quantize_weights(resnet18, bits=3, **granularity, clip="mse"))
+    for name, layer in weights.layers(resnet18).items():
+        errors = [float((rounded[name].weight - layer.weight).square().sum()) for rounded in (plain, clipped)]
+        assert errors[1] <= errors[0], name
+    assert errors[1] < 0.9 * errors[0]

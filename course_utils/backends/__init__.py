@@ -4,16 +4,23 @@ Each engine family lives in one file of this folder and can be removed by deleti
 here is a sentence in `engines()`, never a crash at import. A quantized model is an ordinary callable, images → logits.
 """
 
+import hashlib
 import importlib
 import json
 from dataclasses import dataclass
 
 from .. import cpu, files
 
-FORMAT = "squeeze-int8-1"
-FAMILIES = {"torch_ao": ("onednn", "x86", "fbgemm", "qnnpack")}
+FORMAT = "squeeze-int8-2"
+FAMILIES = {"torch_ao": ("onednn", "x86", "fbgemm", "qnnpack"), "pt2e": ("pt2e",)}
+REMEDIES = {"pt2e": "it needs torchao in a version made for this torch (make setup ENGINES=1)"}
 PREPARED = "qat, not converted"
 OBSERVERS = ("minmax", "histogram")
+# What a layer does besides its weights: two networks with the same weights may differ in these.
+GEOMETRY = (
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "count_include_pad"),
+    *("output_size", "start_dim", "end_dim", "negative_slope", "min_val", "max_val"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,22 +33,39 @@ class Engine:
 
 
 def engines():
-    """Return a list of `Engine`: what runs on this machine and why the rest does not."""
+    """Return a list of `Engine`: what runs on this machine and why the rest does not.
+
+    The answer comes from loading each family, so the first call takes seconds where torchao is installed.
+    """
     return [engine for family in FAMILIES for engine in _family_engines(family)]
 
 
 def default_engine():
     """Return the name of the best engine here: `"onednn"` where the CPU has VNNI, else `"x86"`, else `"qnnpack"`.
 
-    Without VNNI oneDNN's 8-bit products can saturate 16-bit sums, while `"x86"` leaves one bit of headroom.
+    All of them are part of torch, so a lesson needs no other package; their results differ in single roundings, as long as
+    `reduce_range` is left to `needs_headroom`. With VNNI, `"onednn"` is exact on all 8 bits; without it `"x86"` is as good
+    with 7. `"pt2e"` is never chosen by itself: it needs torchao, and takes seconds to make a model.
     Raises `RuntimeError` when no engine runs on this machine.
     """
-    running = [engine.name for engine in engines() if engine.runs]
     preferred = ("onednn", "x86", "fbgemm", "qnnpack") if cpu.has_vnni() else ("x86", "fbgemm", "qnnpack", "onednn")
+    found = {engine.name: engine for engine in _family_engines("torch_ao")}
     for name in preferred:
-        if name in running:
+        if name in found and found[name].runs:
             return name
     raise RuntimeError("no integer engine runs on this machine: " + "; ".join(f"{e.name}: {e.why}" for e in engines()))
+
+
+def needs_headroom(engine):
+    """Return whether 8-bit sums of `engine` may overflow 16 bits on this machine: what `reduce_range=None` stands for.
+
+    The instruction vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits, saturated. oneDNN (`"onednn"`,
+    `"pt2e"`) uses it where VNNI is absent. fbgemm's depthwise kernels use it on *every* x86 processor, for pairs of
+    neighbouring taps, and `"x86"` hands fbgemm each convolution of more than 100 groups. `"qnnpack"` never does.
+    """
+    if engine in ("x86", "fbgemm"):
+        return True
+    return engine in ("onednn", "pt2e") and not cpu.has_vnni()
 
 
 def quantize_dynamic(model):
@@ -49,32 +73,37 @@ def quantize_dynamic(model):
 
     Convolutions are left as they are: torch has no dynamic kernel for them.
     """
-    return _load_family("torch_ao").quantize_dynamic(model)
+    converted, recipe = _load_family("torch_ao").quantize_dynamic(model)
+    return _tag(converted, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
-def quantize_static(model, calibration, *, engine=None, per_channel=True, observer="minmax"):
+def quantize_static(model, calibration, *, engine=None, per_channel=True, observer="minmax", reduce_range=None):
     """Return an INT8 copy of `model`: folded, calibrated and converted to real integer kernels.
 
     model: float32 module in evaluation mode that torch.fx can trace. calibration: iterable of image tensors, or of
     `(images, labels)` as `data.batches` yields them; labels are not used. engine: a name from `engines()`, by default the
     best one here. per_channel: one weight scale per output channel instead of one per tensor. observer: how activation
-    ranges are chosen, `"minmax"` or `"histogram"` (the range of least squared error).
+    ranges are chosen, `"minmax"` or `"histogram"` (the range of least squared error). reduce_range: give the calibrated range
+    of activations 7 bits (0..127) and leave the eighth as headroom, so that two products fit into 16 bits; None decides by
+    `needs_headroom`. False where that says True costs accuracy in some kernels: a lesson, not a setting.
 
     Raises `ValueError` for an unknown engine or observer, or an empty calibration set; `RuntimeError` when the engine does
     not run here.
     """
-    recipe = _recipe("static", engine, per_channel, observer)
-    return _family(recipe["engine"]).quantize_static(model, _images(calibration), recipe)
+    recipe = _recipe("static", engine, per_channel, observer, reduce_range)
+    converted = _family(recipe["engine"]).quantize_static(model, _images(calibration), recipe)
+    return _tag(converted, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
-def prepare_qat(model, *, engine=None, per_channel=True):
+def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None):
     """Return a copy of `model` in training mode with fake-quantizers and observers in it, ready for a training loop.
 
     Batch norms are fused into the convolutions in their trainable form, so they go on learning. Turn it into integers with
-    `convert_qat`. Arguments and errors as in `quantize_static`.
+    `convert_qat`. Arguments and errors as in `quantize_static`; engine `"pt2e"` raises `ValueError`.
     """
-    recipe = _recipe(PREPARED, engine, per_channel, "minmax")
-    return _family(recipe["engine"]).prepare_qat(model, recipe)
+    recipe = _recipe(PREPARED, engine, per_channel, "minmax", reduce_range)
+    prepared = _family(recipe["engine"]).prepare_qat(model, recipe)
+    return _tag(prepared, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
 def convert_qat(model):
@@ -85,25 +114,37 @@ def convert_qat(model):
     recipe = recipe_of(model)
     if recipe["kind"] != PREPARED:
         raise ValueError(f"expected a model from prepare_qat, got one whose kind is {recipe['kind']!r}")
-    return _family(recipe["engine"]).convert_qat(model, recipe | {"kind": "qat"})
+    recipe = recipe | {"kind": "qat"}
+    return _tag(_family(recipe["engine"]).convert_qat(model, recipe), recipe, model.meta["course_layers"])
 
 
 def integers(model, images):
     """Return the 8-bit integers that every step of a quantized model computes on `images`: a dict of name → tensor.
 
     The names are those of `integer.IntegerModel(model).steps`, so that a learner can compare layer by layer.
-    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make.
+    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make, or one of engine `"pt2e"`, which
+    keeps some sums unrounded.
     """
-    recipe = recipe_of(model)
-    if recipe["kind"] not in ("static", "qat"):
-        raise ValueError(
-            f"only statically quantized models compute in integers throughout, this one is {recipe['kind']!r}"
-        )
+    recipe = _static_recipe(model)
+    _integer_steps(model)
     return _family(recipe["engine"]).integers(model, images, recipe["engine"])
 
 
+def reference(model):
+    """Return a quantized model in float arithmetic, a `FloatModel`: callable, images → logits, without any kernel.
+
+    It has the same weights (dequantized) and rounds activations to the same values, so whatever a kernel does differently by
+    more than a rounding is the kernel's doing, not quantization's. Serves all engines.
+    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make, or with an operation that
+    `integer.Step` cannot describe.
+    """
+    from .float_model import FloatModel
+
+    return FloatModel(_family(_static_recipe(model)["engine"]).steps(model))
+
+
 def recipe_of(model):
-    """Return how a quantized model was made, as a dict: kind, engine, per_channel, observer, architecture."""
+    """Return how a quantized model was made: a dict of kind, engine, per_channel, observer, reduce_range, architecture."""
     try:
         return model.meta["course_recipe"]
     except (AttributeError, KeyError):
@@ -115,17 +156,18 @@ def recipe_of(model):
 def save(model, path):
     """Write a quantized model to `path` and return the bytes written.
 
-    The file is safetensors: INT8 weights, float32 scales, and in its metadata how the model was made. No code is stored and
-    none is run on loading. Raises `ValueError` for a model that this package did not quantize.
+    The file is safetensors: INT8 weights, float32 scales, and in its metadata how the model was made, with a checksum of all
+    of it. No code is stored and none is run on loading. Raises `ValueError` for a model that this package did not quantize.
     """
     from safetensors.torch import save_file
 
     recipe = recipe_of(model)
     if recipe["kind"] == PREPARED:
         raise ValueError("this model still trains in float: turn it into integers with convert_qat before saving")
-    tensors, rest = _family(recipe["engine"]).flatten(model.state_dict())
+    tensors, rest = _family(recipe["engine"]).flatten(model)
+    facts = {"format": FORMAT, "recipe": recipe, "layers": model.meta["course_layers"], "rest": rest}
     # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
-    metadata = {"course": json.dumps({"format": FORMAT, "recipe": recipe, "rest": rest})}
+    metadata = {"course": json.dumps(facts | {"sha256": _checksum(facts, tensors)})}
     with files.replacing(path) as partial:
         save_file(tensors, partial, metadata=metadata)
         return partial.stat().st_size
@@ -135,22 +177,11 @@ def load(path, *, model=None):
     """Return the quantized model stored by `save`, ready to call, with outputs identical to the saved one's.
 
     model: the float32 module it was made from (any weights), needed only for architectures that `course_utils.models` does
-    not know. Raises `FileNotFoundError`, `ValueError` for a file of another kind or a model that does not fit,
-    `RuntimeError` when its engine does not run here.
+    not know. Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed
+    byte, or a model that does not fit, `RuntimeError` when its engine does not run here.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("course", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): save the model again") from None
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by backends.save (format {metadata.get('format')!r}, expected {FORMAT!r})"
-        )
-    recipe = metadata["recipe"]
+    facts, tensors = _read(path)
+    recipe = facts["recipe"]
     if model is None:
         if recipe["architecture"] is None:
             raise ValueError(
@@ -159,13 +190,122 @@ def load(path, *, model=None):
         from .. import models
 
         model = models.build(**recipe["architecture"])
-    return _family(recipe["engine"]).rebuild(model, recipe, tensors, metadata["rest"])
+    _check_layers(model, facts["layers"])
+    converted = _family(recipe["engine"]).rebuild(model, recipe, tensors, facts["rest"])
+    return _tag(converted, recipe, facts["layers"])
 
 
-def _recipe(kind, engine, per_channel, observer):
+def _read(path):
+    """Return what `save` wrote to `path`: its facts and its tensors, checked against the checksum."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("course", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): save the model again") from None
+    _check_format(path, facts.get("format"))
+    if facts.pop("sha256", None) != _checksum(facts, tensors):
+        raise ValueError(
+            f"{path} is damaged: its contents differ from the checksum written with them. Copy it again from where it came, "
+            "or save the model again"
+        )
+    return facts, tensors
+
+
+def _check_format(path, found):
+    kind, _, version = FORMAT.rpartition("-")
+    found_kind, _, found_version = str(found).rpartition("-")
+    if found_kind == kind and found_version.isdecimal() and found != FORMAT:
+        if int(found_version) > int(version):
+            remedy = "update the course (git pull, then make setup)"
+        else:
+            remedy = "quantize the model again and save it, or run the notebook that made the file again"
+        age = "a newer" if int(found_version) > int(version) else "an older"
+        raise ValueError(
+            f"{path} was written by {age} version of the course (format {found!r}, this one reads {FORMAT!r}): {remedy}"
+        )
+    if found != FORMAT:
+        raise ValueError(f"{path} was not written by backends.save (format {found!r}, expected {FORMAT!r})")
+
+
+def _checksum(facts, tensors):
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _layers(model):
+    """Return what the layers of a float module do besides their weights, JSON-ready: name → class and geometry."""
+    found = {}
+    for name, module in model.named_modules():
+        if next(module.children(), None) is None:
+            values = {key: getattr(module, key) for key in GEOMETRY if hasattr(module, key)}
+            found[name] = {"class": type(module).__name__} | values
+    return json.loads(json.dumps(found, default=str))
+
+
+def _check_layers(model, stored):
+    kind, found = type(model).__name__, _layers(model)
+    if found.keys() != stored.keys():
+        strange = ", ".join(sorted(found.keys() ^ stored.keys())[:3])
+        raise ValueError(f"the stored weights do not fit this {kind}; they differ in {strange}, ...")
+    for name, layer in stored.items():
+        for key in sorted(layer.keys() | found[name].keys()):
+            here, there = found[name].get(key), layer.get(key)
+            if here != there:
+                raise ValueError(
+                    f"the stored weights do not fit this {kind}: {name} has {key} {here}, and had {there} when they were "
+                    "saved. Pass the architecture that was quantized"
+                )
+
+
+def _tag(model, recipe, layers):
+    """Return `model` with the facts about it that lessons ask for and `save` stores."""
+    if not hasattr(model, "meta"):
+        model.meta = {}
+    model.meta |= {"course_recipe": recipe, "course_layers": layers}
+    if recipe["kind"] in ("static", "qat"):
+        model.meta["course_steps"] = _integer_steps
+    return model
+
+
+def _static_recipe(model):
+    recipe = recipe_of(model)
+    if recipe["kind"] not in ("static", "qat"):
+        raise ValueError(
+            f"only statically quantized models compute in integers throughout, this one is {recipe['kind']!r}"
+        )
+    return recipe
+
+
+def _integer_steps(model):
+    """Return the steps of a model for `integer.IntegerModel`, which rounds after each."""
+    engine = recipe_of(model)["engine"]
+    steps = _family(engine).steps(model)
+    unrounded = next((step.name for step in steps[:-1] if step.output is None), None)
+    if unrounded is not None:
+        raise ValueError(
+            f"engine {engine!r} goes on with unrounded sums after {unrounded}, which has no integer counterpart in "
+            "course_utils.integer: backends.reference(model) runs it, or quantize with another engine"
+        )
+    return steps
+
+
+def _recipe(kind, engine, per_channel, observer, reduce_range):
     if observer not in OBSERVERS:
         raise ValueError(f"unknown observer {observer!r}: choose one of {', '.join(OBSERVERS)}")
-    return {"kind": kind, "engine": engine or default_engine(), "per_channel": bool(per_channel), "observer": observer}
+    engine = engine or default_engine()
+    return {
+        "kind": kind,
+        "engine": engine,
+        "per_channel": bool(per_channel),
+        "observer": observer,
+        "reduce_range": needs_headroom(engine) if reduce_range is None else bool(reduce_range),
+    }
 
 
 def _images(calibration):
@@ -189,8 +329,12 @@ def _family(engine):
 def _load_family(family):
     try:
         return importlib.import_module(f".{family}", __name__)
-    except ImportError as error:
-        raise RuntimeError(f"the {family} engines are not available with this installation ({error})") from None
+    except Exception as error:  # broken binaries raise anything from ImportError to RuntimeError
+        remedy = f": {REMEDIES[family]}" if family in REMEDIES else ""
+        first_line = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"the {family} engines are not available with this installation ({first_line}){remedy}"
+        ) from None
 
 
 def _family_engines(family):

@@ -39,8 +39,10 @@ def engines():
 
 
 def quantize_dynamic(model):
+    """Return the model and its recipe."""
     recipe = {"kind": "dynamic", "engine": _dynamic_engine(), "per_channel": False, "observer": None}
-    return _tag(_dynamic(model, recipe), recipe, model)
+    recipe["reduce_range"] = True  # not ours to choose: torch's dynamic layers always leave one bit of headroom
+    return _dynamic(model, recipe), recipe
 
 
 def quantize_static(model, calibration, recipe):
@@ -53,18 +55,17 @@ def quantize_static(model, calibration, recipe):
                 prepared(images)
         if prepared is None:
             raise ValueError("the calibration set is empty: activation ranges need at least one batch of real images")
-        return _tag(convert_fx(prepared), recipe, model)
+        return convert_fx(prepared)
 
 
 def prepare_qat(model, recipe):
     with _quietly(recipe["engine"]):
-        prepared = prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), (torch.zeros(1, 3, 64, 64),))
-    return _tag(prepared, recipe, model)
+        return prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), (torch.zeros(1, 3, 64, 64),))
 
 
 def convert_qat(model, recipe):
     with _quietly(recipe["engine"]):
-        return _tag(convert_fx(copy.deepcopy(model).eval()), recipe)
+        return convert_fx(copy.deepcopy(model).eval())
 
 
 def rebuild(model, recipe, tensors, rest):
@@ -88,14 +89,12 @@ def rebuild(model, recipe, tensors, rest):
             converted.load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"the stored weights do not fit this {type(model).__name__}: {error}") from None
-    return _tag(converted, recipe)
+    return converted
 
 
 def _qconfigs(recipe):
     """Return how torch shall quantize: 8-bit asymmetric activations, 8-bit symmetric weights."""
-    # One bit of headroom where 8-bit products are summed pairwise in 16 bits and could saturate.
-    headroom = recipe["engine"] in ("x86", "fbgemm")
-    activation_range = {"dtype": torch.quint8, "reduce_range": headroom}
+    activation_range = {"dtype": torch.quint8, "reduce_range": recipe["reduce_range"]}
     scheme = torch.per_channel_symmetric if recipe["per_channel"] else torch.per_tensor_symmetric
     weight_range = {"dtype": torch.qint8, "qscheme": scheme, "quant_min": -128, "quant_max": 127}
     if recipe["kind"] in ("qat", PREPARED):
@@ -104,7 +103,7 @@ def _qconfigs(recipe):
             activation=fake_quantize.FakeQuantize.with_args(
                 observer=observer.MovingAverageMinMaxObserver,
                 quant_min=0,
-                quant_max=127 if headroom else 255,
+                quant_max=255,  # of which reduce_range takes the half
                 **activation_range,
             ),
             weight=fake_quantize.FakeQuantize.with_args(
@@ -132,17 +131,6 @@ def _dynamic_engine():
 def _dynamic(model, recipe):
     with _quietly(recipe["engine"]):
         return torch_quantize_dynamic(copy.deepcopy(model).eval(), {nn.Linear}, dtype=torch.qint8)
-
-
-def _tag(converted, recipe, model=None):
-    if model is not None:
-        recipe = recipe | {"architecture": getattr(model, "architecture", None)}
-    if not hasattr(converted, "meta"):
-        converted.meta = {}
-    converted.meta["course_recipe"] = recipe
-    if recipe["kind"] in ("static", "qat"):
-        converted.meta["course_steps"] = steps
-    return converted
 
 
 def steps(model):
@@ -249,14 +237,14 @@ def _quietly(engine):
         gc.collect()
 
 
-def flatten(state):
-    """Split a quantized state dict into plain tensors and a JSON-ready description of what they were.
+def flatten(model):
+    """Split the state of a quantized model into plain tensors and a JSON-ready description of what they were.
 
     A quantized tensor `k` becomes `k` (int8 or uint8), `k.scales` and `k.zero_points`; a tuple (the packed parameters of a
     linear layer) becomes its members.
     """
     tensors, rest = {}, {}
-    for key, value in state.items():
+    for key, value in model.state_dict().items():
         rest[key] = _flatten(key, value, tensors)
     return tensors, rest
 

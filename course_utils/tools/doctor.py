@@ -148,16 +148,20 @@ def processor():
 
 
 def int8_engines():
-    """Yield which of torch's own INT8 engines are built in."""
+    """Yield which INT8 engines run here and which of them the lessons use, then every other one with the reason."""
     if _version("torch") is None or _import_error("torch"):
         return
-    import torch
+    from course_utils import backends
 
-    found = [name for name in torch.backends.quantized.supported_engines if name != "none"]
-    if found:
-        yield Finding("OK", "INT8 engines", f"{', '.join(found)}; in use: {torch.backends.quantized.engine}")
-    else:
+    found = backends.engines()
+    running = [engine.name for engine in found if engine.runs]
+    try:
+        yield Finding("OK", "INT8 engines", f"{', '.join(running)}; by default: {backends.default_engine()}")
+    except RuntimeError:
         yield Finding("FAIL", "INT8 engines", "none in this build of torch", SETUP)
+    for engine in found:
+        if not engine.runs:
+            yield Finding("OK", f"engine {engine.name}", _without_paths(f"does not run (optional): {engine.why}"))
 
 
 def memory():

@@ -1,0 +1,327 @@
+"""INT8 by torchao's PT2E flow: torch.export, X86InductorQuantizer, and oneDNN kernels put into the graph, no compiler needed.
+
+The successor of torch.ao's flow, and the same kernels as engine `"onednn"`, but an addition and a last linear layer take the
+unrounded sums of a convolution. A model is made for one size of images and any number of them.
+"""
+
+import contextlib
+import copy
+import gc
+import importlib.metadata
+import logging
+import operator
+import platform
+import sys
+import warnings
+
+import torch
+from torch import nn
+from torch._export.utils import _is_cia_op
+from torch._inductor.constant_folding import constant_fold
+from torch._inductor.fx_passes.freezing_patterns import freezing_passes
+
+from .. import affine
+from ..integer import Step
+from . import Engine
+
+# They remember the device of each network by the network itself.
+UNIQUE_DEVICE = {
+    "torchao.utils": "_assert_and_get_unique_device",
+    "torch.ao.quantization.fx.utils": "assert_and_get_unique_device",
+}
+
+
+@contextlib.contextmanager
+def _quietly():
+    """Keep away the warnings and log lines of libraries that a learner can do nothing about."""
+    chatty = [logging.getLogger(name) for name in ("torch.utils._pytree", "torchao")]
+    levels, before = [logger.level for logger in chatty], set(_export_globals())
+    for logger in chatty:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(chatty, levels, strict=True):
+            logger.setLevel(level)
+        _forget(_export_globals().keys() - before)
+
+
+def _forget(names):
+    """Let go of the copies of the network that torch and torchao keep: of each export, and as keys of two caches."""
+    for name in [name for name in names if name.startswith("__compiled_fn_")]:
+        del _export_globals()[name]
+    for module, name in UNIQUE_DEVICE.items():
+        with contextlib.suppress(AttributeError, KeyError):  # private functions, which may go
+            getattr(sys.modules[module], name).cache_clear()
+    gc.collect()  # graphs hold reference cycles
+
+
+def _export_globals():
+    return getattr(sys.modules.get("torch._dynamo.functional_export"), "__dict__", {})
+
+
+with _quietly():
+    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import QuantizationSpec
+
+    # Importing it also registers the patterns that `freezing_passes` replaces by oneDNN kernels.
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
+
+aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
+CONVOLUTION, LINEAR = aten.conv2d.default, aten.linear.default
+QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
+RANGES = "activations"  # the tensors in a file that hold all scales and zero points of activations
+
+
+def engines():
+    """Return the one engine of this family, and why it does not run here."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return [Engine("pt2e", False, "its quantizer is made for x86 processors")]
+    if not torch.backends.mkldnn.is_available():
+        return [Engine("pt2e", False, "this build of torch has no oneDNN")]
+    return [Engine("pt2e", True, f"torchao {importlib.metadata.version('torchao')}")]
+
+
+class Lowered(nn.Module):
+    """A quantized model: one graph that says what it computes, in integers and scales, and one of oneDNN kernels that does.
+
+    images: float32 `(n, channels, height, width)`, of the size it was made for; n may vary. Returns float32 logits.
+    Raises `ValueError` for images of another size.
+    """
+
+    def __init__(self, described, image_shape):
+        super().__init__()
+        self.meta = {}
+        self.image_shape = tuple(image_shape)
+        # In a list, because exported graphs refuse the train() and eval() that would reach them as submodules.
+        self.graphs = [described, _lower(described, _example(self.image_shape))]
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images):
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"this model was quantized for images of shape {self.image_shape}, got {tuple(images.shape[1:])}: "
+                "engine 'pt2e' fixes their size, so quantize again with images of this one"
+            )
+        return self.graphs[1](images)
+
+
+def quantize_static(model, calibration, recipe):
+    calibration = iter(calibration)
+    first = next(calibration, None)
+    if first is None:
+        raise ValueError("the calibration set is empty: activation ranges need at least one batch of real images")
+    with _quietly(), torch.no_grad():
+        prepared = _prepare(model, first.shape[1:], recipe)
+        prepared(first)
+        for images in calibration:
+            prepared(images)
+        return Lowered(_convert(prepared), first.shape[1:])
+
+
+def prepare_qat(model, recipe):
+    raise ValueError(
+        "engine 'pt2e' only quantizes after training in this course: leave engine= out, or take another one"
+    )
+
+
+def flatten(model):
+    """Return the tensors that the graph uses, under the names of its layers, and the size of images it takes."""
+    graph = model.graphs[0]
+    tensors = {name: _attribute(graph, target).detach() for target, name in _names(graph).items()}
+    tensors = {name: tensor.int() if tensor.dtype == torch.int64 else tensor for name, tensor in tensors.items()}
+    scales, zero_points = zip(*(node.args[1:3] for node in _ranges(graph)), strict=True)
+    tensors[f"{RANGES}.scales"] = torch.tensor(scales, dtype=torch.float64)
+    tensors[f"{RANGES}.zero_points"] = torch.tensor(zero_points, dtype=torch.int32)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, {"image_shape": list(model.image_shape)}
+
+
+def rebuild(model, recipe, tensors, rest):
+    """Return the stored model: the same graph made anew from the float module, then filled with the stored integers."""
+    with _quietly(), torch.no_grad():
+        prepared = _prepare(model, rest["image_shape"], recipe | {"observer": "minmax"})
+        prepared(_example(rest["image_shape"]))
+        graph = _convert(prepared)
+        names, ranges = _names(graph), _ranges(graph)
+        strange = {*names.values(), f"{RANGES}.scales", f"{RANGES}.zero_points"} ^ tensors.keys()
+        wrong = [n for t, n in names.items() if n in tensors and _attribute(graph, t).shape != tensors[n].shape]
+        if strange or wrong or len(ranges) != len(tensors[f"{RANGES}.scales"]):
+            differing = ", ".join((sorted([*strange, *wrong]) or [RANGES])[:3])
+            raise ValueError(
+                f"the stored weights do not fit this {type(model).__name__}; they differ in {differing}, ..."
+            )
+        for target, name in names.items():
+            _attribute(graph, target).copy_(tensors[name])
+        pairs = zip(tensors[f"{RANGES}.scales"].tolist(), tensors[f"{RANGES}.zero_points"].tolist(), strict=True)
+        for node, pair in zip(ranges, pairs, strict=True):
+            node.args = (node.args[0], *pair, *node.args[3:])
+        graph.recompile()
+        return Lowered(graph, rest["image_shape"])
+
+
+def _prepare(model, image_shape, recipe):
+    """Return the exported model with observers in it."""
+    quantizer = X86InductorQuantizer().set_global(_config(recipe))
+    exported = _export(copy.deepcopy(model).eval(), _example(image_shape)).module()
+    return prepare_pt2e(exported, quantizer)
+
+
+def _convert(prepared):
+    """Return the graph in integers and scales, without the float weights it came from."""
+    graph = convert_pt2e(prepared)
+    for node in graph.graph.nodes:
+        if node.target in (QUANTIZE, DEQUANTIZE) and node.args[5] == torch.uint8:
+            # Headroom narrows the scale only: kernels that round to 8 bits saturate at 255, and so shall all others.
+            node.args = (*node.args[:4], 255, torch.uint8)
+    graph.recompile()
+    used = {node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    for target in [name for name, _ in graph.named_parameters()] + [name for name, _ in graph.named_buffers()]:
+        if target not in used:
+            owner, _, name = target.rpartition(".")
+            delattr(graph.get_submodule(owner), name)
+    return graph
+
+
+def _lower(described, example):
+    """Return the graph with oneDNN kernels in the place of dequantize, convolution, activation, quantize.
+
+    torchao's own `lower_pt2e_quantized_to_x86` is these passes for a fixed number of images.
+    """
+    # The kernels' patterns are written in simpler operations than the model: composite ones are taken apart, no others.
+    table = {op: f for op, f in torch.export.default_decompositions().items() if _is_cia_op(op)}
+    table[aten.hardtanh.default] = lambda x, low=-1, high=1: aten.clamp_max(aten.clamp_min(x, low), high)
+    table[aten.t.default] = lambda x: aten.permute(x, [1, 0])
+    lowered = _export(described, example).run_decompositions(table).module()
+    freezing_passes(lowered, (example,))
+    constant_fold(lowered)
+    return lowered
+
+
+def _export(model, example):
+    # strict: without it a module that is called twice, as the ReLU of torchvision's blocks, confuses the quantizer.
+    return torch.export.export(model, (example,), strict=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+
+
+def _example(image_shape):
+    images = torch.zeros(2, *image_shape)  # of 2, because 1 would be taken for a constant
+    return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
+
+
+class _OneScale(PerChannelMinMaxObserver):
+    """The range of the whole tensor, given to each channel: the kernels want one scale a channel."""
+
+    def calculate_qparams(self):
+        scale, zero_point = super().calculate_qparams()
+        return scale.max().expand_as(scale).contiguous(), zero_point
+
+
+def _config(recipe):
+    """Return how torchao shall quantize: 8-bit asymmetric activations, 8-bit symmetric weights, as in torch_ao."""
+    activation = {"minmax": MinMaxObserver, "histogram": HistogramObserver}[recipe["observer"]]
+    activations = QuantizationSpec(
+        dtype=torch.uint8,
+        quant_min=0,
+        quant_max=127 if recipe["reduce_range"] else 255,
+        qscheme=torch.per_tensor_affine,
+        observer_or_fake_quant_ctr=activation,
+    )
+    weights = QuantizationSpec(
+        dtype=torch.int8,
+        quant_min=-128,
+        quant_max=127,
+        qscheme=torch.per_channel_symmetric,
+        ch_axis=0,
+        observer_or_fake_quant_ctr=PerChannelMinMaxObserver if recipe["per_channel"] else _OneScale,
+    )
+    return QuantizationConfig(activations, activations, weights, None)
+
+
+def _names(graph):
+    """Return the graph's tensors as a dict of attribute → name in a file: that of the layer where there is one."""
+    names = {node.target: node.target for node in graph.graph.nodes if node.op == "get_attr"}
+    taken = set()
+    for node in graph.graph.nodes:
+        if node.target not in (CONVOLUTION, LINEAR):
+            continue
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        layer = stack[-1][0] if stack and stack[-1][0] not in taken else node.name
+        taken.add(layer)
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        parts = {"bias": bias}
+        if weight.target == decomposed.dequantize_per_channel.default:
+            parts |= zip(("weight", "weight.scales", "weight.zero_points"), weight.args[:3], strict=True)
+        names |= {part.target: f"{layer}.{key}" for key, part in parts.items() if part is not None}
+    return names
+
+
+def _ranges(graph):
+    """Return the nodes that hold the scale and zero point of activations, in the order of the graph."""
+    return [node for node in graph.graph.nodes if node.target in (QUANTIZE, DEQUANTIZE)]
+
+
+def _attribute(graph, target):
+    return operator.attrgetter(target)(graph)
+
+
+def steps(model):
+    """Return a model as a list of `integer.Step`s. Those without an output pass on unrounded numbers.
+
+    Raises `ValueError` for an operation that a step cannot describe.
+    """
+    graph, found, names = model.graphs[0], [], {}
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            names[node] = ""
+        if node.op != "call_function":
+            continue
+        inputs = tuple(names[a] for a in node.args if isinstance(a, torch.fx.Node) and a in names)
+        if node.target in (DEQUANTIZE, decomposed.dequantize_per_channel.default):
+            if inputs:  # the same numbers; those of a weight, which have no name, belong to its layer
+                names[node] = inputs[0]
+            continue
+        op, output, options = _describe(node, graph)
+        found.append(Step(node.name, op, inputs, output, options))
+        names[node] = node.name
+    return found
+
+
+def _describe(node, graph):
+    """Return `(op, output QParams, options)` of one node."""
+    kind, args = node.target, node.args
+    if kind == QUANTIZE:
+        scale, zero_point = torch.tensor(args[1]), torch.tensor(args[2], dtype=torch.int32)
+        return "quantize", affine.QParams(scale, zero_point, *args[3:5]), {}
+    if kind in (CONVOLUTION, LINEAR):
+        weight, scale = args[1].args[:2]
+        bias = args[2] if len(args) > 2 else None
+        options = {
+            "weight": _attribute(graph, weight.target),
+            "weight_scale": _attribute(graph, scale.target),
+            "bias": None if bias is None else _attribute(graph, bias.target).detach(),
+        }
+        if kind == LINEAR:
+            return "linear", None, options
+        geometry = zip(
+            ("stride", "padding", "dilation", "groups"), (*args[3:], *(1, 0, 1, 1)[len(args[3:]) :]), strict=True
+        )
+        return "conv2d", None, options | {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in geometry}
+    if kind in (aten.add.Tensor, aten.add_.Tensor) and isinstance(args[1], torch.fx.Node) and not node.kwargs:
+        return "add", None, {}
+    if kind in (aten.relu.default, aten.relu_.default):
+        return "clamp", None, {"low": 0.0, "high": None}
+    if kind in (aten.hardtanh.default, aten.hardtanh_.default):
+        low, high = (*args[1:], *(-1.0, 1.0)[len(args[1:]) :])
+        return "clamp", None, {"low": low, "high": high}
+    if kind == aten.max_pool2d.default and len(args) < 5:
+        return "max_pool2d", None, dict(zip(("kernel_size", "stride", "padding"), map(tuple, args[1:]), strict=False))
+    if kind == aten.adaptive_avg_pool2d.default and list(args[1]) == [1, 1]:
+        return "global_avg_pool2d", None, {}
+    if kind == aten.flatten.using_ints:
+        return "flatten", None, {"start_dim": args[1] if len(args) > 1 else 0}
+    if kind in (aten.dropout.default, aten.dropout_.default):
+        return "same", None, {}
+    raise ValueError(f"{node.name}: {kind} has no counterpart among the steps of course_utils.integer")

@@ -1,0 +1,368 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from course_utils import data, models, rounding, simulate, weights
+from course_utils.rounding import CappedReLU, adaround, bias_correction, cross_layer_equalization, random_rounding
+from course_utils.simulate import Policy
+from tests.conftest import fingerprint
+
+
+class Small(nn.Module):
+    """All that MobileNetV2 is made of, small enough to be trained here."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = self.block(3, 16, kernel_size=3, stride=2, padding=1)
+        self.depthwise = self.block(16, 16, kernel_size=3, padding=1, groups=16)
+        self.project = self.block(16, 24, kernel_size=1)
+        self.grouped = self.block(24, 24, kernel_size=3, padding=1, groups=4)
+        self.last = self.block(24, 32, kernel_size=3, stride=2, dilation=2)
+        self.head = nn.Linear(32, 10)
+
+    @staticmethod
+    def block(*sizes, **options):
+        return nn.Sequential(nn.Conv2d(*sizes, bias=False, **options), nn.BatchNorm2d(sizes[1]), nn.ReLU6(inplace=True))
+
+    def forward(self, x):
+        x = self.project(self.depthwise(self.stem(x)))
+        return self.head(self.last(self.grouped(x) + x).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return list(data.batches(data.fashion_mnist("calibration", size=28), 64, limit=128))
+
+
+@pytest.fixture(scope="module")
+def small():
+    """`Small`, trained for a few seconds."""
+    torch.manual_seed(0)
+    model = Small().train()
+    adam = torch.optim.Adam(model.parameters(), lr=0.01)
+    for images, labels in data.batches(data.fashion_mnist("train", size=28), 64, limit=64 * 60):
+        adam.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        adam.step()
+    model.eval()
+    before = fingerprint(model)
+    yield model
+    assert fingerprint(model) == before and not model.training, "a test changed the shared model"
+
+
+@pytest.fixture(scope="module")
+def learned(small, batches):
+    return adaround(small, Policy(weights=3), batches)
+
+
+def outputs(model, images):
+    """The output of every layer."""
+    found = {}
+    for name, layer in weights.layers(model).items():
+        layer.register_forward_hook(lambda _, args, output, name=name: found.update({name: output.clone()}))
+    with torch.no_grad():
+        model(images)
+    return found
+
+
+def everything(batches):
+    return torch.cat([images for images, _ in batches])
+
+
+def means(output):
+    return output.transpose(0, 1).flatten(1).mean(1)
+
+
+# --- Bias correction
+
+
+@pytest.mark.parametrize("activations", [None, 4])
+def test_corrected_layers_have_the_means_of_the_float_network(small, batches, activations):
+    quantized = simulate.quantize(small, Policy(weights=3, activations=activations), batches)
+    corrected = bias_correction(small, quantized, batches)
+    images = everything(batches)
+    expected = outputs(weights.fold_batch_norm(small), images)
+    before, after = outputs(copy.deepcopy(quantized), images), outputs(corrected, images)
+    for name, output in expected.items():
+        width = float(output.std())
+        assert (means(after[name]) - means(output)).abs().max() < 1e-4 * width, name
+        assert (means(before[name]) - means(output)).abs().max() > 1e-2 * width, name
+
+
+def test_correction_changes_biases_alone(small, batches):
+    quantized = simulate.quantize(small, Policy(weights=3, activations=4), batches)
+    before = {key: value.clone() for key, value in quantized.state_dict().items()}
+    after = bias_correction(small, quantized, batches).state_dict()
+    assert {key for key in before if not torch.equal(before[key], after[key])} == {k for k in before if "bias" in k}
+    assert all(torch.equal(value, before[key]) for key, value in quantized.state_dict().items())
+
+
+def test_layers_without_a_bias_get_one_when_batch_norms_are_not_folded(small, batches):
+    quantized = simulate.quantize(small, Policy(weights=3, fold=False))
+    assert quantized.stem[0].bias is None
+    corrected = bias_correction(small, quantized, batches)
+    images = everything(batches)
+    expected, found = outputs(copy.deepcopy(small), images), outputs(corrected, images)
+    for name, output in expected.items():
+        assert (means(found[name]) - means(output)).abs().max() < 1e-4 * float(output.std()), name
+
+
+def test_an_unquantized_network_needs_no_correction(small, batches):
+    same = bias_correction(small, simulate.quantize(small, Policy(weights=None)), batches)
+    with torch.no_grad():
+        torch.testing.assert_close(same(batches[0][0]), small(batches[0][0]), rtol=1e-4, atol=1e-4)
+
+
+def test_correction_needs_images_and_the_same_network(small, resnet18, batches):
+    quantized = simulate.quantize(small, Policy(weights=3))
+    with pytest.raises(ValueError, match="no images"):
+        bias_correction(small, quantized, [])
+    with pytest.raises(ValueError, match="other layers: give the float32 network"):
+        bias_correction(resnet18, quantized, batches)
+
+
+# --- Cross-layer equalization
+
+
+def relative_change(model, changed, images):
+    with torch.no_grad():
+        expected = model(images)
+        return float((changed(images) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("trained", [True, False])
+def test_equalization_keeps_the_function(name, trained, request, calibration):
+    model = models.load(name) if trained else request.getfixturevalue(name)
+    before = fingerprint(model)
+    equalized = cross_layer_equalization(model)
+    assert relative_change(model, equalized, everything(calibration)) < 1e-4
+    assert fingerprint(model) == before and list(weights.layers(equalized)) == list(weights.layers(model))
+
+
+def test_equalization_keeps_relu6_where_it_clips():
+    """Planted weights that drive most channels beyond 6, where ReLU instead of ReLU6 would show."""
+    torch.manual_seed(0)
+    model = weights.fold_batch_norm(Small().eval())
+    with torch.no_grad():
+        model.stem[0].weight *= 100 * torch.rand(16, 1, 1, 1)
+    images = torch.randn(8, 3, 28, 28)
+    equalized = cross_layer_equalization(model)
+    assert relative_change(model, equalized, images) < 1e-4
+    for name in ("stem", "depthwise"):
+        equalized.set_submodule(f"{name}.2", nn.ReLU())
+    assert relative_change(model, equalized, images) > 0.01
+
+
+def ranges(first, second):
+    channels = second.weight.unflatten(0, (second.groups, -1)).transpose(1, 2).flatten(0, 1)
+    return first.weight.abs().flatten(1).amax(1), channels.abs().flatten(1).amax(1)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_both_sides_of_every_pair_end_with_equal_ranges(name):
+    folded = weights.fold_batch_norm(models.load(name))
+    names = {layer: key for key, layer in weights.layers(folded).items()}
+    equalized = weights.layers(cross_layer_equalization(folded))
+    pairs = [(names[first], names[second]) for first, second, _ in rounding._pairs(folded)]
+    assert len(pairs) == {"resnet18": 8, "mobilenet_v2": 36}[name]
+    for first, second in pairs:
+        r1, r2 = ranges(equalized[first], equalized[second])
+        alive = (r1 > 0) & (r2 > 0)
+        assert alive.any()
+        torch.testing.assert_close(r1[alive], r2[alive], rtol=5e-3, atol=0)
+
+
+def test_pairs_end_where_an_output_is_used_twice_or_added(small):
+    folded = weights.fold_batch_norm(small)
+    names = {layer: name for name, layer in weights.layers(folded).items()}
+    found = [(names[a], names[b], activation) for a, b, activation in rounding._pairs(folded)]
+    assert found == [("stem.0", "depthwise.0", "stem.2"), ("depthwise.0", "project.0", "depthwise.2")]
+
+
+class Chain(nn.Module):
+    """A few pairs that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(4, 4, 1) for _ in range(3))
+        self.relu6, self.tanh = nn.ReLU6(), nn.Tanh()
+
+    def forward(self, x):
+        x = self.relu6(self.first(x))
+        x = self.relu6(self.second(x))  # its caps cannot be those of two places
+        return self.second(self.third(self.tanh(x)))
+
+
+def test_what_does_not_scale_or_is_called_twice_is_left_alone():
+    model = Chain().eval()
+    assert rounding._pairs(model) == []
+    assert fingerprint(cross_layer_equalization(model)) == fingerprint(model)
+
+
+def test_channels_without_weights_stay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[2].weight[:, 2] = 0
+    equalized = cross_layer_equalization(model)
+    assert all(torch.isfinite(p).all() for p in equalized.parameters())
+    assert torch.equal(equalized[0].weight[2], model[0].weight[2])
+    assert relative_change(model, equalized, torch.randn(2, 3, 4, 4)) < 1e-5
+
+
+def test_equalizing_twice_changes_nothing_more(small):
+    once = cross_layer_equalization(small)
+    assert isinstance(once.stem[2], CappedReLU) and "16 caps from" in repr(once.stem[2])
+    twice = cross_layer_equalization(once)
+    torch.testing.assert_close(twice.stem[0].weight, once.stem[0].weight, rtol=1e-3, atol=0)
+
+
+def test_equalization_repairs_one_scale_per_tensor(small, batches):
+    policy = Policy(weights=4, granularity="tensor")
+    planted = weights.fold_batch_norm(small)
+    with torch.no_grad():  # a channel 50 times as large as the others, which the next layer takes back
+        planted.stem[0].weight[3] *= 50
+        planted.stem[0].bias[3] *= 50
+        planted.depthwise[0].weight[3] /= 50
+        planted.stem[2] = CappedReLU(torch.full((16,), 6.0).index_fill(0, torch.tensor([3]), 300.0))
+    images = everything(batches)
+    with torch.no_grad():
+        expected = planted(images)
+        torch.testing.assert_close(expected, small(images), rtol=1e-3, atol=1e-3)
+        planted.stem[2] = nn.ReLU()
+        expected = planted(images)
+        errors = [
+            float((simulate.quantize(m, policy)(images) - expected).square().mean())
+            for m in (planted, cross_layer_equalization(planted))
+        ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+# --- AdaRound
+
+
+def test_adaround_beats_nearest_on_every_layer_and_chance_does_not(small, learned):
+    _, report = learned
+    assert [r.name for r in report] == list(weights.layers(small))
+    assert [r.weights for r in report] == [layer.weight.numel() for layer in weights.layers(small).values()]
+    for r in report:
+        assert r.adaround < r.nearest, r
+        assert r.adaround < r.random, r
+        assert 0 < r.moved < 0.5
+    assert sum(r.random for r in report) > 1.2 * sum(r.nearest for r in report)
+
+
+def test_weights_go_to_one_of_their_two_neighbours(small, learned):
+    quantized, report = learned
+    policy = Policy(weights=3)
+    folded, nearest = weights.fold_batch_norm(small), weights.layers(simulate.quantize(small, policy))
+    for r in report:
+        w, found = weights.layers(folded)[r.name].weight.data, weights.layers(quantized)[r.name].weight
+        qparams = simulate.weight_qparams(w, policy, 3)
+        step = qparams.scale.reshape(-1, *[1] * (w.ndim - 1))
+        q = found / step
+        torch.testing.assert_close(q, q.round())
+        assert q.min() >= -4.001 and q.max() <= 3.001
+        clipped = w.clamp(-4 * step, 3 * step)
+        assert ((found - clipped).abs() < 1.001 * step).all()
+        assert float(((found - nearest[r.name].weight).abs() > 0.5 * step).double().mean()) == pytest.approx(r.moved)
+
+
+def test_the_outputs_of_the_network_come_closer(small, learned, batches):
+    images = data.preprocess(data.fashion_mnist("validation").pixels[:200], 28)
+    quantized, report = learned
+    nearest = simulate.quantize(small, Policy(weights=3))
+    chance = random_rounding(small, Policy(weights=3), report)
+    corrected = bias_correction(small, nearest, batches)
+    with torch.no_grad():
+        expected = small(images)
+        errors = [float((m(images) - expected).square().mean()) for m in (quantized, corrected, nearest, chance)]
+    assert errors[0] < 0.7 * errors[2] and errors[1] < errors[2] < errors[3]
+
+
+def test_the_same_seed_gives_the_same_weights(small, batches):
+    policy = Policy(weights=3, activations=4)
+    runs = [adaround(small, policy, batches[:1], steps=20, positions=200, seed=seed) for seed in (5, 5, 6)]
+    assert fingerprint(runs[0][0]) == fingerprint(runs[1][0]) != fingerprint(runs[2][0])
+    assert runs[0][1] == runs[1][1]
+
+
+def test_the_policy_is_followed(small, batches):
+    policy = Policy(
+        weights=2, activations=4, granularity=8, clip="mse", symmetric=False, first_last=5, layers={"project.0": None}
+    )
+    quantized, report = adaround(small, policy, batches[:1], steps=5)
+    assert "project.0" not in [r.name for r in report] and len(report) == 5
+    folded = weights.fold_batch_norm(small)
+    assert torch.equal(quantized.project[0].weight, folded.project[0].weight)
+    values = quantized.grouped[0].weight.flatten(1).split(8, 1)
+    assert max(len(row.unique()) for group in values for row in group) <= 4
+    assert 4 < max(len(row.unique()) for row in quantized.head.weight[:, :8]) <= 8
+    assert quantized.stem[0].input_quantizer.qmax == 31 and quantized.grouped[0].input_quantizer.qmax == 15
+
+
+def test_without_folding_the_convolutions_are_rounded_as_they_are(small, batches):
+    quantized, report = adaround(small, Policy(weights=3, fold=False), batches)
+    assert isinstance(quantized.stem[1], nn.BatchNorm2d) and quantized.stem[0].bias is None
+    assert all(r.adaround < r.nearest for r in report)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (12, 40)])
+def test_a_condensed_problem_has_the_same_minimum(shape):
+    """Few rows stand for many: the error is the same but for a constant, so are the gradients."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, *shape, generator=generator), torch.randn(2, shape[0], 3, generator=generator)
+    x[0, :, 1] = 0.0
+    problem = rounding._Problem(x, y, shape[0])
+    condensed = problem.condensed()
+    assert condensed.inputs.shape[1] == min(shape)
+    a, b = (torch.randn(6, shape[1], generator=generator).requires_grad_() for _ in range(2))
+    differences = [problem.error(w) - condensed.error(w) for w in (a, b)]
+    torch.testing.assert_close(differences[0], differences[1], rtol=1e-3, atol=1e-4)
+    expected, found = (torch.autograd.grad(p.error(a), a)[0] for p in (problem, condensed))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_sampled_places_are_the_layers_own_outputs(small, batches):
+    """The matrix product at the places is what the convolution computes there."""
+    folded, images = weights.fold_batch_norm(small), everything(batches)[:16]
+    seen = {}
+    for name, layer in weights.layers(folded).items():
+        layer.register_forward_hook(
+            lambda layer, args, output, name=name: seen.update({name: (layer, *args, output.clone())})
+        )
+    with torch.no_grad():
+        folded(images)
+        for layer, x, output in seen.values():
+            places = rounding._Places(layer, output, 50, seed=0)
+            wanted = places.outputs(output)
+            assert len(wanted) >= 16 and wanted.shape[1] == layer.weight.shape[0]
+            for problem in rounding._problems(layer, places.inputs(x), wanted, places.fit):
+                assert float(problem.error(layer.weight)) < 1e-8
+
+
+def test_judged_on_other_images_than_learned_from():
+    places = rounding._Places(nn.Conv2d(1, 2, 1), torch.zeros(8, 2, 5, 5), 1000, seed=0)
+    images = places.index // 25
+    assert set(images[: places.fit].tolist()) == {0, 1, 2, 3, 4, 5} and set(images[places.fit :].tolist()) == {6, 7}
+    assert len(places.index) == len(places.index.unique()) == 200
+
+
+def test_the_annealing_falls_from_twenty_to_two_after_a_warm_start():
+    betas = list(rounding._annealed(100))
+    assert betas[:20] == [None] * 20 and betas[20] == 20 and betas[-1] == pytest.approx(2, abs=0.05)
+    assert all(a > b for a, b in zip(betas[20:], betas[21:], strict=False))
+
+
+def test_adaround_says_what_it_cannot_do(small, batches):
+    with pytest.raises(ValueError, match="no images"):
+        adaround(small, Policy(weights=4), [])
+    with pytest.raises(ValueError, match="at least 2 images"):
+        adaround(small, Policy(weights=4), [batches[0][0][:1]])
+    reflecting = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")).eval()
+    with pytest.raises(ValueError, match="zero padding in numbers, got Conv2d.*reflect"):
+        adaround(reflecting, Policy(weights=4), batches)
