@@ -1,5 +1,8 @@
 """The processor and memory this process may use: the facts that decide how fast, and how exact, 8-bit arithmetic is."""
 
+import contextlib
+import ctypes
+import gc
 import os
 import platform
 from pathlib import Path
@@ -58,6 +61,17 @@ def memory_gib():
     except (AttributeError, ValueError, OSError):
         return None
     return round(min(installed, _container_limit() or installed) / 2**30, 1)
+
+
+def trim_memory():
+    """Give memory that was freed back to the system, where the C library is glibc; elsewhere do nothing.
+
+    glibc keeps freed memory in case it is asked for again, so a process that made many networks stays as large as if it
+    still had them all.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _container_limit():

@@ -123,7 +123,7 @@ def _equalize(first, second):
 
 def _pairs(model):
     """Return `(first, second, name of the activation between or None)` of all convolutions that follow one another."""
-    graph = torch.fx.symbolic_trace(model).graph
+    graph = torch.fx.Tracer().trace(model)
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
 
     def module(node, kinds):

@@ -24,7 +24,7 @@ def fold_batch_norm(model):
     A convolution whose output is used elsewhere too, or that is called twice, keeps its batch norm.
     """
     model = copy.deepcopy(model).eval()
-    nodes = torch.fx.symbolic_trace(model).graph.nodes
+    nodes = torch.fx.Tracer().trace(model).nodes  # the graph alone: a GraphModule would keep the old layers in memory
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     for node in nodes:
         if node.op != "call_module" or not isinstance(model.get_submodule(node.target), nn.BatchNorm2d):

@@ -357,7 +357,9 @@ def test_any_changed_byte_is_noticed(small_file, tmp_path):
         changed = bytearray(content)
         changed[position] ^= 1
         (tmp_path / "model").write_bytes(changed)
-        with pytest.raises(ValueError, match="save the model again|was not written by backends.save|version of the course"):
+        with pytest.raises(
+            ValueError, match="save the model again|was not written by backends.save|version of the course"
+        ):
             backends.load(tmp_path / "model", model=SmallCNN())
 
 

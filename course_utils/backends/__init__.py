@@ -32,12 +32,13 @@ class Engine:
     why: str
 
 
-def engines():
+def engines(*families):
     """Return a list of `Engine`: what runs on this machine and why the rest does not.
 
-    The answer comes from loading each family, so the first call takes seconds where torchao is installed.
+    families: only those of `FAMILIES`, all of them by default. The answer comes from loading each family, so the first call
+    takes seconds, and some 300 MB, where torchao is installed.
     """
-    return [engine for family in FAMILIES for engine in _family_engines(family)]
+    return [engine for family in families or FAMILIES for engine in _family_engines(family)]
 
 
 def default_engine():
