@@ -74,6 +74,20 @@ def trim_memory():
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def trim_after_each_cell():
+    """In a notebook, let every cell end with `trim_memory`, so that the peaks of its cells do not add up; elsewhere do nothing."""
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return
+    if (shell := get_ipython()) is not None:
+        shell.events.register("post_run_cell", _after_cell)  # twice is once: IPython knows it already
+
+
+def _after_cell(_result):
+    trim_memory()
+
+
 def _container_limit():
     # Binder and CI containers see the host's memory; their own limit is in the cgroup (version 2, then version 1).
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):

@@ -100,6 +100,18 @@ def preprocess(pixels, size):
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
+def augment(pixels, shift, generator):
+    """Return a copy of uint8 images `(n, 28, 28)`, each moved by up to ±shift pixels and mirrored half of the time."""
+    n, side = len(pixels), pixels.shape[-1]
+    padded = F.pad(pixels, (shift,) * 4)
+    dy, dx = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
+    rows = dy + torch.arange(side)
+    columns = dx + torch.arange(side)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
 def _split_indices(labels):
     # The official file is already shuffled, so "the first ones of each class" needs no random generator
     # and stays the same whatever the torch release.

@@ -5,9 +5,9 @@ import json
 import torch
 from torch import nn
 
-from . import affine, files, models, weights
+from . import affine, files, models, simulate, weights
 
-FORMAT = "squeeze-packed-1"
+FORMAT = "squeeze-packed-2"
 
 
 def pack(q, bits=4):
@@ -71,34 +71,46 @@ def bits_per_weight(bits, group_size, *, symmetric=True):
 def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     """Write `model` with packed convolution and linear weights to `path` (safetensors); return the bytes written.
 
-    The model must be one of `course_utils.models` (its architecture is stored by name). The last group of a row may be
-    shorter: the 147 weights of a first filter of ResNet18 are no multiple of 32. Batch norms are folded first; biases and
-    whatever else remains are stored as FP16. The file is replaced in one step. Raises `ValueError` for other models.
+    A network that is quantized already (`simulate.quantize`, `rounding.adaround`, `qat.convert`) is stored as it is, with the
+    ranges of its activations; `bits`, `group_size` and `symmetric` are for those that are not, whose batch norms are folded
+    and whose weights are rounded to nearest. The last group of a row may be shorter: the 147 weights of a first filter of
+    ResNet18 are no multiple of 32. Biases and whatever else remains are stored as FP16. The file is replaced in one step.
+
+    The model must be one of `course_utils.models`: its architecture is stored by name. Raises `ValueError` for others.
     """
     from safetensors.torch import save_file
 
     architecture = models.architecture(model)
-    model = weights.fold_batch_norm(model)
-    tensors, shapes = {}, {}
-    for name, layer in weights.layers(model).items():
-        q, qparams = quantize_groupwise(
-            layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric, ragged=True
-        )
-        tensors[f"{name}.weight.packed"] = pack(q, bits)
+    found = weights.layers(model)
+    chosen = {name: (layer, layer.weight_qparams) for name, layer in found.items() if hasattr(layer, "weight_qparams")}
+    if not chosen:
+        model = weights.fold_batch_norm(model)
+        for name, layer in weights.layers(model).items():
+            _, qparams = quantize_groupwise(
+                layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric, ragged=True
+            )
+            chosen[name] = layer, qparams
+    tensors, layers = {}, {}
+    for name, (layer, qparams) in chosen.items():
+        layer_bits = (qparams.qmax - qparams.qmin).bit_length()
+        symmetric = qparams.qmin < 0 and not qparams.zero_point.any()
+        tensors[f"{name}.weight.packed"] = pack(affine.quantize(layer.weight.data, qparams), layer_bits)
         tensors[f"{name}.weight.scale"] = qparams.scale.half()
         if not symmetric:
-            tensors[f"{name}.weight.zero_point"] = pack(qparams.zero_point, bits)
-        shapes[f"{name}.weight"] = list(layer.weight.shape)
+            tensors[f"{name}.weight.zero_point"] = pack(qparams.zero_point, layer_bits)
+        shared = {"axis": qparams.axis, "group_size": qparams.group_size, "symmetric": symmetric}
+        layers[name] = {"shape": list(layer.weight.shape), "bits": layer_bits, **shared}
     for key, value in model.state_dict().items():
-        if key not in shapes:
-            tensors[key] = value.half() if value.is_floating_point() else value
-    layout = {
-        "bits": bits,
-        "group_size": group_size,
-        "symmetric": symmetric,
-        "shapes": shapes,
-        "architecture": architecture,
+        if key.removesuffix(".weight") not in chosen:
+            small = value.is_floating_point() and ".input_quantizer." not in key
+            tensors[key] = value.half() if small else value
+    inputs = {
+        name: [layer.input_quantizer.qmin, layer.input_quantizer.qmax]
+        for name, layer in weights.layers(model).items()
+        if hasattr(layer, "input_quantizer")
     }
+    folded = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    layout = {"architecture": architecture, "folded": folded, "layers": layers, "inputs": inputs}
     with files.replacing(path) as partial:
         save_file(tensors, partial, metadata={"course": json.dumps({"format": FORMAT, **layout})})
         return partial.stat().st_size
@@ -122,24 +134,33 @@ def load_packed(path):
         ) from None
     if layout.get("format") != FORMAT:
         raise ValueError(
-            f"{path} was not written by save_packed (format {layout.get('format')!r}, expected {FORMAT!r})"
+            f"{path} was not written by this save_packed (format {layout.get('format')!r}, expected {FORMAT!r}): write it again"
         )
-    bits, group_size, symmetric = layout["bits"], layout["group_size"], layout["symmetric"]
-    state = {}
-    for key, shape in layout["shapes"].items():
-        q = unpack(file.get_tensor(f"{key}.packed"), shape, bits, signed=symmetric)
-        scale = file.get_tensor(f"{key}.scale").float()
-        if symmetric:
-            zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        else:
-            zero_point = unpack(file.get_tensor(f"{key}.zero_point"), scale.shape, bits, signed=False).int()
-        qmin, qmax = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
-        state[key] = affine.dequantize(q, affine.QParams(scale, zero_point, qmin, qmax, None, group_size))
-    plain = {key for key in file.keys() if not key.endswith((".packed", ".scale", ".zero_point"))}
-    state |= {key: file.get_tensor(key) for key in plain}
-    model = weights.fold_batch_norm(models.build(**layout["architecture"]))
-    model.load_state_dict({key: v.float() if v.is_floating_point() else v for key, v in state.items()})
+    model = models.build(**layout["architecture"])
+    model = weights.fold_batch_norm(model) if layout["folded"] else model.eval()
+    found = weights.layers(model)
+    for name, (qmin, qmax) in layout["inputs"].items():
+        scale, zero_point = (file.get_tensor(f"{name}.input_quantizer.{key}") for key in ("scale", "zero_point"))
+        simulate.set_input_quantizer(found[name], simulate.FakeQuantize(affine.QParams(scale, zero_point, qmin, qmax)))
+    state = {key: file.get_tensor(key) for key in file.keys()}
+    for name, stored in layout["layers"].items():
+        qparams = _stored_qparams(state, f"{name}.weight", stored)
+        q = unpack(state.pop(f"{name}.weight.packed"), stored["shape"], stored["bits"], signed=qparams.qmin < 0)
+        state[f"{name}.weight"] = affine.dequantize(q, qparams)
+        found[name].weight_qparams = qparams
+    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
     return model
+
+
+def _stored_qparams(state, key, stored):
+    """Take scale and zero point of one weight out of `state` and return its `QParams`."""
+    bits, scale = stored["bits"], state.pop(f"{key}.scale").float()
+    if stored["symmetric"]:
+        qmin, qmax, zero_point = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.zeros_like(scale, dtype=torch.int32)
+    else:
+        qmin, qmax = 0, 2**bits - 1
+        zero_point = unpack(state.pop(f"{key}.zero_point"), scale.shape, bits, signed=False).int()
+    return affine.QParams(scale, zero_point, qmin, qmax, stored["axis"], stored["group_size"])
 
 
 def _packed_bytes(n, bits):

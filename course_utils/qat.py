@@ -1,55 +1,277 @@
-"""Fine-tuning on real data: the one loop that quantization-aware training and its float control arm share."""
+"""Quantization-aware training: fake-quantizers with gradients, put into any network by the names of its layers.
 
-import time
+    prepared = prepare(model, policy, calibration)        # float32 weights, rounded in every forward pass
+    training.finetune(prepared, images, steps=100)        # an ordinary loop
+    quantized = convert(prepared)                         # a network as `simulate.quantize` returns it
+
+Rounding has no useful derivative, so its backward pass is replaced: by the straight-through estimator (Bengio et al. 2013,
+arXiv 1308.3432), or by that of LSQ (Esser et al. 2020, 1902.08153), which learns the scales as well. Needs torch alone.
+"""
+
+import copy
+from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
-from . import data
+from . import affine, simulate, weights
+
+SCALES = ("learned", "observed")
+SMALLEST = 2.0**-24  # of FP16, in which scales are stored
+AVERAGING = 0.05  # share of the newest batch in an observed range of activations
+
+# Two ways through the rounding -------------------------------------------------------------------------------------------
 
 
-def finetune(model, images, *, steps, batch_size=32, lr=0.002, freeze_at=0.67, seed=0, on_step=None):
-    """Train `model` in place for `steps` optimizer steps and return a list of `(loss, seconds)`, one a step.
+class StraightThrough(torch.autograd.Function):
+    """Fake-quantize `x`; backward, the gradient passes as if nothing had been rounded.
 
-    model: any module, with or without fake-quantizers in it (`backends.prepare_qat`), images → logits. images: a
-    `data.Images` set; each batch is drawn from it by `seed` and mirrored half of the time. lr: falls to zero along a half
-    cosine. freeze_at: share of the steps after which quantization ranges and batch-norm statistics stand still, so that the
-    last steps train the network that will be converted (Krishnamoorthi 2018, section 4; Jacob et al. 2018, section 3.1).
-    on_step: called as `on_step(step, model)` after each step.
-
-    SGD with momentum 0.9, cross-entropy with the true labels. Raises `ValueError` for fewer than 1 step.
+    forward(x, scale, zero_point, qmin, qmax, mask): scale and zero_point broadcast against `x`. mask: whether values beyond
+    the range, which no small step can bring back, get the gradient 0 that clipping has; else they get all of it.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    history = []
-    model.to(memory_format=torch.channels_last).train()  # the layout that convolution kernels like best
-    for step in range(steps):
-        if step == round(freeze_at * steps):
-            freeze(model)
-        began = time.perf_counter()
-        chosen = torch.randint(len(images), (batch_size,), generator=generator)
-        x = data.preprocess(images.pixels[chosen], images.size)
-        mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
-        loss = F.cross_entropy(model(torch.where(mirrored, x.flip(3), x)), images.labels[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        history.append((loss.item(), time.perf_counter() - began))
-        if on_step is not None:
-            on_step(step, model)
-    optimizer.zero_grad()  # gradients take as much memory as the weights
-    return history
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax, mask):
+        q = torch.round(x / scale) + zero_point
+        ctx.save_for_backward((q >= qmin) & (q <= qmax) if mask else None)
+        return (q.clamp(qmin, qmax) - zero_point) * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (inside,) = ctx.saved_tensors
+        return gradient if inside is None else gradient * inside, None, None, None, None, None
+
+
+class LearnedStep(torch.autograd.Function):
+    """Fake-quantize `x` with a scale that has a gradient too: LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5).
+
+    forward(x, scale, zero_point, qmin, qmax, gradient_scale): as `StraightThrough` with its mask. The output is
+    (q − zero_point) · scale with q = round(x / scale) + zero_point; the rounding passes gradients, so d output / d scale is
+    q − zero_point − x / scale inside the range, and q − zero_point where `x` is clipped. gradient_scale multiplies it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, zero_point, qmin, qmax, gradient_scale):
+        low, high = qmin - zero_point, qmax - zero_point
+        ratio = x / scale
+        ctx.save_for_backward(ratio, scale, low, high)
+        ctx.gradient_scale = gradient_scale
+        return ratio.clamp(low, high).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ratio, scale, low, high = ctx.saved_tensors
+        clipped = ratio.clamp(low, high)
+        inside = ratio == clipped
+        slope = clipped.round_().sub_(ratio * inside).mul_(gradient)
+        return gradient * inside, ctx.gradient_scale * slope.sum_to_size(scale.shape), None, None, None, None
+
+
+# The quantizers of a network ---------------------------------------------------------------------------------------------
+
+
+class LearnedScale(nn.Module):
+    """A fake-quantizer whose scale is a parameter (`LearnedStep`); its zero point stays what it was.
+
+    qparams: where it starts. count: how many values of the weights share a scale; for activations, by default, what one image
+    has of them. The gradient of a scale is a sum over all of them, so LSQ multiplies it by 1 / √(count · qmax), which keeps
+    the relative changes of scales and weights alike. gradient_scale: another factor than that.
+    """
+
+    def __init__(self, qparams, *, count=None, gradient_scale=None):
+        super().__init__()
+        self.scale = nn.Parameter(qparams.scale.clone())
+        self.register_buffer("zero_point", qparams.zero_point.float())
+        self.like, self.count, self.gradient_scale = qparams, count, gradient_scale
+
+    def forward(self, x):
+        factor = self.gradient_scale
+        if factor is None:
+            factor = ((self.count or x[0].numel()) * self.like.qmax) ** -0.5
+        scale = self.scale.clamp(min=SMALLEST)  # a step of the optimizer could carry it below 0
+        scale, zero_point = (affine.spread(p, x, self.like) for p in (scale, self.zero_point))
+        return LearnedStep.apply(x, scale, zero_point, self.like.qmin, self.like.qmax, factor)
+
+    def qparams(self):
+        """Return the present `affine.QParams`."""
+        return replace(self.like, scale=self.scale.detach().clamp(min=SMALLEST), zero_point=self.zero_point.int())
+
+
+class ObservedScale(nn.Module):
+    """A fake-quantizer whose scale follows the range of what it sees in training mode (Jacob et al. 2018, arXiv 1712.05877).
+
+    qparams, bits, symmetric: where it starts, and what `affine.qparams_from_range` goes on with. averaging: share of the
+    newest batch in the range (`observers.MovingAverage`); 1 for weights, which are all there at every step. mask: of
+    `StraightThrough`. After `disable_observer()` the scale stands still.
+    """
+
+    def __init__(self, qparams, bits, *, symmetric, averaging, mask=True):
+        super().__init__()
+        for name in ("scale", "zero_point"):
+            self.register_buffer(name, getattr(qparams, name).clone())
+        for name, q in (("low", qparams.qmin), ("high", qparams.qmax)):
+            self.register_buffer(name, (q - qparams.zero_point) * qparams.scale)
+        self.register_buffer("observing", torch.tensor(True))
+        self.like, self.bits, self.symmetric, self.averaging, self.mask = qparams, bits, symmetric, averaging, mask
+
+    def forward(self, x):
+        if self.training and self.observing:
+            self._observe(x.detach())
+        scale, zero_point = (affine.spread(p, x, self.like) for p in (self.scale, self.zero_point))
+        return StraightThrough.apply(x, scale, zero_point, self.like.qmin, self.like.qmax, self.mask)
+
+    def _observe(self, x):
+        shared = {"axis": self.like.axis, "group_size": self.like.group_size}
+        for end, found in zip((self.low, self.high), affine.extremes(x, **shared, ragged=True), strict=True):
+            end.lerp_(found.to(end), self.averaging)
+        scheme = {"bits": self.bits, "symmetric": self.symmetric, "signed": self.like.qmin < 0}
+        found = affine.qparams_from_range(self.low, self.high, **scheme, **shared)
+        self.scale.copy_(found.scale)
+        self.zero_point.copy_(found.zero_point)
+
+    def disable_observer(self):
+        """Let the scale stand still from now on."""
+        self.observing.fill_(False)
+
+    def qparams(self):
+        """Return the present `affine.QParams`."""
+        return replace(self.like, scale=self.scale.clone(), zero_point=self.zero_point.clone())
+
+
+class WeightQuantizer(nn.Module):
+    """A parametrization of a layer's weight: what the layer computes with is the rounded weight.
+
+    With a batch norm after the layer, weights are rounded as they will be once it is folded: times f = γ / √(σ² + ε) per
+    output channel, and then divided by it, so that the batch norm finds what it expects (Krishnamoorthi 2018, arXiv
+    1806.08342, section 3.2.2). σ² is the running variance, and f a constant to the gradient.
+    """
+
+    def __init__(self, quantizer, batch_norm=None):
+        super().__init__()
+        self.quantizer = quantizer
+        self._batch_norm = (batch_norm,)  # in a tuple, because it is the network's, and no part of this
+
+    def forward(self, w):
+        f = self.factor(w)
+        return self.quantizer(w) if f is None else self.quantizer(w * f) / f
+
+    def factor(self, w):
+        """Return f in a shape that broadcasts against the weights `w`, or None without a batch norm."""
+        return _fold_factor(self._batch_norm[0], w)
+
+
+# Whole networks ----------------------------------------------------------------------------------------------------------
+
+SCALES = ("learned", "observed")
+
+
+def prepare(model, policy, calibration=None, *, scales="learned", mask=True, gradient_scale=None):
+    """Return a copy of `model` in training mode that rounds as `policy` says, and starts with the scales of `simulate.quantize`.
+
+    Any network will do: each convolution and linear layer keeps its class; its weight gets a `WeightQuantizer` as
+    parametrization, its input an `input_quantizer`. Batch norms stay and train; `policy.fold` says whether weights are
+    rounded as if folded. `prepared.policy` is the policy.
+
+    calibration: batches of images for the first ranges of activations. scales: `"learned"` (LSQ) or `"observed"` (min-max of
+    weights, moving averages of activations). mask: of `StraightThrough`; gradient_scale: of `LearnedScale`, None for LSQ's.
+
+    Raises `ValueError` for a network without convolution or linear layer, a layer name in `policy.layers` that there is not,
+    and a calibration set that is needed and missing or empty.
+    """
+    if scales not in SCALES:
+        raise ValueError(f"scales must be one of {', '.join(SCALES)}, got {scales!r}")
+    bits = policy.bits(model)
+    if not bits:
+        raise ValueError(f"{type(model).__name__} has no convolution or linear layer: there is nothing to quantize")
+    start = weights.layers(simulate.quantize(model, policy, calibration))
+    model = copy.deepcopy(model).eval()
+    norms = weights.batch_norms(model) if policy.fold else {}
+
+    def quantizer(qparams, bits, count, symmetric, averaging):
+        if scales == "learned":
+            return LearnedScale(qparams, count=count, gradient_scale=gradient_scale)
+        return ObservedScale(qparams, bits, symmetric=symmetric, averaging=averaging, mask=mask)
+
+    for name, layer in weights.layers(model).items():
+        weight_bits, activation_bits = bits[name]
+        if weight_bits is not None:
+            norm = model.get_submodule(norms[name]) if name in norms else None
+            w = _times(layer.weight.detach(), _fold_factor(norm, layer.weight))
+            qparams = simulate.weight_qparams(w, policy, weight_bits)
+            count = w.numel() // qparams.scale.numel()
+            rounded = WeightQuantizer(quantizer(qparams, weight_bits, count, policy.symmetric, 1.0), norm)
+            parametrize.register_parametrization(layer, "weight", rounded)
+        if activation_bits is not None:
+            simulate.set_input_quantizer(
+                layer, quantizer(start[name].input_quantizer.qparams(), activation_bits, None, False, AVERAGING)
+            )
+    model.policy = policy
+    return model.train()
 
 
 def freeze(model):
-    """Stop quantization ranges and batch-norm statistics from moving; weights go on learning."""
+    """Stop quantization ranges and batch-norm statistics from moving; weights and learned scales go on learning.
+
+    For networks from `prepare` and from `backends.prepare_qat`; a later `model.train()` lets the statistics go again.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
         elif hasattr(module, "disable_observer"):  # a fake-quantizer
             module.disable_observer()
+
+
+def to_round(prepared):
+    """Return name → `(w, qparams)` of each layer: the float32 weights as they go into rounding, and the `QParams` they meet."""
+    found = {}
+    with torch.no_grad():
+        for name, layer in weights.layers(prepared).items():
+            if parametrize.is_parametrized(layer, "weight"):
+                (quantizer,) = layer.parametrizations.weight
+                w = layer.parametrizations.weight.original.detach()
+                found[name] = _times(w, quantizer.factor(w)), quantizer.quantizer.qparams()
+    return found
+
+
+def convert(prepared):
+    """Return the network that `prepared` has become, as `simulate.quantize` returns it: evaluation mode, rounded weights.
+
+    Batch norms are folded if the policy says so. Weight scales are rounded to FP16 values, because that is how they are
+    stored. Raises `ValueError` for a network that is not from `prepare`.
+    """
+    if not isinstance(getattr(prepared, "policy", None), simulate.Policy):
+        raise ValueError(f"expected a network from qat.prepare, got {type(prepared).__name__}")
+    chosen = to_round(prepared)
+    model = copy.deepcopy(prepared).eval()
+    for name, layer in weights.layers(model).items():
+        if name in chosen:
+            # Not `remove_parametrizations`: copies share the class that it would take the weight from.
+            layer.__class__ = parametrize.type_before_parametrizations(layer)
+            del layer.parametrizations
+            layer.weight = nn.Parameter(chosen[name][0])
+        if hasattr(layer, "input_quantizer"):
+            layer.input_quantizer = simulate.FakeQuantize(layer.input_quantizer.qparams())
+    if model.policy.fold:
+        model = weights.fold_batch_norm(model)
+    for name, (w, qparams) in chosen.items():
+        stored = replace(
+            qparams, scale=qparams.scale.half().float().clamp(min=SMALLEST)
+        )  # the integers stay as trained
+        layer = weights.layers(model)[name]
+        layer.weight = nn.Parameter(affine.dequantize(affine.quantize(w, qparams), stored))
+        layer.weight_qparams = stored
+    return model
+
+
+def _times(w, factor):
+    return w if factor is None else w * factor
+
+
+@torch.no_grad()
+def _fold_factor(norm, w):
+    """Return what folding `norm` multiplies the weights `w` by, in a shape that broadcasts against them; None without one."""
+    if norm is None:
+        return None
+    f = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return torch.where(f == 0, 1.0, f).reshape(-1, *[1] * (w.ndim - 1))  # by 0 nothing could be divided again

@@ -50,6 +50,7 @@ def bias_correction(model, quantized, batches):
         return output + (off if isinstance(layer, nn.Linear) else off.reshape(-1, *[1] * (output.ndim - 2)))
 
     _go_through(model, images, after=remember)
+    del model  # a copy that is not needed while the quantized one runs
     _go_through(quantized, images, after=correct)
     return quantized
 
@@ -187,9 +188,10 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
     images = _all_images(batches)
     if len(images) < 2:
         raise ValueError("AdaRound needs at least 2 images: some to learn from and others to measure on")
-    model = simulate.prepare(model, policy)
-    quantized = copy.deepcopy(model)
-    bits = {name: b for name, (b, _) in policy.bits(model).items() if b is not None}
+    quantized = simulate.prepare(
+        model, policy
+    )  # still float32: the second pass rounds each layer as the images get there
+    bits = {name: b for name, (b, _) in policy.bits(quantized).items() if b is not None}
     targets, report = {}, []
 
     def remember(name, layer, output):
@@ -201,7 +203,8 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
         if name not in bits:
             return
         places, wanted = targets.pop(name)
-        grid = _Grid(layer.weight.detach(), simulate.weight_qparams(layer.weight.detach(), policy, bits[name]))
+        layer.weight_qparams = simulate.weight_qparams(layer.weight.detach(), policy, bits[name])
+        grid = _Grid(layer.weight.detach(), layer.weight_qparams)
         fit, held = _problems(layer, places.inputs(x), wanted, places.fit)
         generator = torch.Generator().manual_seed(seed)
         q = _learn_rounding(grid, fit, steps, batch_size, lr, strength, generator)
@@ -210,7 +213,7 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
         report.append(Rounding(name, q.numel(), float((q != grid.nearest).double().mean()), *errors))
         layer.weight.data = grid.values(q)
 
-    _go_through(model, images, after=remember)
+    _go_through(quantized, images, after=remember)
     _go_through(quantized, images, before=learn)
     if policy.activations is not None:
         quantized = simulate.quantize_activations(quantized, policy, [images])

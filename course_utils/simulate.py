@@ -117,6 +117,10 @@ class FakeQuantize(nn.Module):
     def forward(self, x):
         return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.qmin, self.qmax)
 
+    def qparams(self):
+        """Return the `affine.QParams`."""
+        return affine.QParams(self.scale, self.zero_point, self.qmin, self.qmax)
+
     def extra_repr(self):
         return f"scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}, integers {self.qmin}..{self.qmax}"
 
@@ -137,12 +141,13 @@ def prepare(model, policy):
 
 
 def quantize_weights(model, policy):
-    """Return a copy of `model` whose weights are rounded to nearest."""
+    """Return a copy of `model` whose weights are rounded to nearest; each such layer has its `QParams` as `weight_qparams`."""
     model = copy.deepcopy(model)
     for name, (bits, _) in policy.bits(model).items():
         if bits is not None:
             layer = weights.layers(model)[name]
-            layer.weight.data = affine.fake_quantize(layer.weight.data, weight_qparams(layer.weight.data, policy, bits))
+            layer.weight_qparams = weight_qparams(layer.weight.data, policy, bits)
+            layer.weight.data = affine.fake_quantize(layer.weight.data, layer.weight_qparams)
     return model
 
 
@@ -191,10 +196,14 @@ def quantize_activations(model, policy, calibration):
     if images is None:
         raise ValueError(f"the calibration set is empty: {policy} needs real images to choose activation ranges by")
     for name, bits in chosen.items():
-        layer = weights.layers(model)[name]
-        layer.input_quantizer = FakeQuantize(seen[name].qparams(bits=bits))
-        layer.register_forward_pre_hook(_quantize_input)
+        set_input_quantizer(weights.layers(model)[name], FakeQuantize(seen[name].qparams(bits=bits)))
     return model
+
+
+def set_input_quantizer(layer, quantizer):
+    """Let the module `quantizer` act on what goes into `layer`, of which it becomes the submodule `input_quantizer`."""
+    layer.input_quantizer = quantizer
+    layer.register_forward_pre_hook(_quantize_input)
 
 
 def inputs(batches):

@@ -16,6 +16,25 @@ def layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, WEIGHTED)}
 
 
+def batch_norms(model):
+    """Return name of convolution → name of the `BatchNorm2d` that can be folded into it.
+
+    A convolution whose output is used elsewhere too, or that is called twice, is not among them.
+    """
+    nodes = torch.fx.Tracer().trace(model).nodes
+    calls = Counter(node.target for node in nodes if node.op == "call_module")
+    found = {}
+    for node in nodes:
+        if node.op != "call_module" or not isinstance(model.get_submodule(node.target), nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or len(before.users) > 1 or calls[before.target] > 1 or calls[node.target] > 1:
+            continue
+        if isinstance(model.get_submodule(before.target), nn.Conv2d):
+            found[before.target] = node.target
+    return found
+
+
 def fold_batch_norm(model):
     """Return a copy of `model` (evaluation mode) whose batch norms are folded into the convolutions before them.
 
@@ -24,20 +43,10 @@ def fold_batch_norm(model):
     A convolution whose output is used elsewhere too, or that is called twice, keeps its batch norm.
     """
     model = copy.deepcopy(model).eval()
-    nodes = torch.fx.Tracer().trace(model).nodes  # the graph alone: a GraphModule would keep the old layers in memory
-    calls = Counter(node.target for node in nodes if node.op == "call_module")
-    for node in nodes:
-        if node.op != "call_module" or not isinstance(model.get_submodule(node.target), nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or len(before.users) > 1 or calls[before.target] > 1 or calls[node.target] > 1:
-            continue
-        convolution = model.get_submodule(before.target)
-        if not isinstance(convolution, nn.Conv2d):
-            continue
-        folded = nn.utils.fuse_conv_bn_eval(convolution, model.get_submodule(node.target))
-        model.set_submodule(before.target, folded)
-        model.set_submodule(node.target, nn.Identity())
+    for convolution, norm in batch_norms(model).items():
+        folded = nn.utils.fuse_conv_bn_eval(model.get_submodule(convolution), model.get_submodule(norm))
+        model.set_submodule(convolution, folded)
+        model.set_submodule(norm, nn.Identity())
     return model
 
 

@@ -12,7 +12,7 @@ from torch.ao.quantization import get_default_qconfig_mapping
 from torch.ao.quantization.quantize_fx import convert_fx, convert_to_reference_fx, prepare_fx
 from torch.nn import functional as F
 
-from course_utils import affine, backends, cpu, data, integer, measure, qat
+from course_utils import affine, backends, cpu, data, integer, measure, training
 from course_utils.backends import Engine, torch_ao
 from course_utils.backends.float_model import FloatModel
 from tests.conftest import fingerprint
@@ -182,7 +182,7 @@ def test_quantization_aware_training_ends_in_a_file_with_the_same_outputs(resnet
     prepared = backends.prepare_qat(resnet18)
     assert prepared.training
     some = data.fashion_mnist("train", size=32).subset(slice(64))
-    qat.finetune(prepared, some, steps=2, batch_size=8)
+    training.finetune(prepared, some, steps=2, batch_size=8)
     before = fingerprint(prepared)
     int8 = backends.convert_qat(prepared)
     assert len(integer_layers(int8)) == 21 and not int8.training

@@ -60,3 +60,20 @@ def test_container_limit_counts(cpuinfo):
 def test_this_machine():
     assert cpu.cores() >= 1
     assert cpu.memory_gib() is None or cpu.memory_gib() > 0
+
+
+def test_memory_is_trimmed_after_each_cell_of_a_notebook_and_once_however_often_it_is_asked_for(monkeypatch):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    trimmed = []
+    monkeypatch.setattr(cpu, "trim_memory", lambda: trimmed.append(1))
+    cpu.trim_after_each_cell()  # no notebook yet: nothing happens
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell("from course_utils import cpu; cpu.trim_after_each_cell(); cpu.trim_after_each_cell()")
+        trimmed.clear()
+        shell.run_cell("1 + 1")
+        shell.run_cell("raise ValueError")
+    finally:
+        InteractiveShell.clear_instance()
+    assert len(trimmed) == 2

@@ -47,7 +47,7 @@ def test_every_image_is_moved_and_mirrored_as_a_slow_loop_does_it(shift):
             moved = padded[dy : dy + 5, dx : dx + 5]
             possible += [moved.numpy().tobytes(), moved.flip(1).numpy().tobytes()]
     n = 40 * len(possible)
-    found = [x.numpy().tobytes() for x in train.augment(image.expand(n, 5, 5), shift, generator)]
+    found = [x.numpy().tobytes() for x in data.augment(image.expand(n, 5, 5), shift, generator)]
     assert set(found) == set(possible)
     assert all(15 < found.count(each) < 80 for each in possible)
 
@@ -55,7 +55,7 @@ def test_every_image_is_moved_and_mirrored_as_a_slow_loop_does_it(shift):
 def test_images_do_not_mix_and_the_originals_stay():
     pixels = torch.arange(1, 101, dtype=torch.uint8)[:, None, None].expand(100, 6, 6).clone()
     before = pixels.clone()
-    found = train.augment(pixels, 2, torch.Generator().manual_seed(0))
+    found = data.augment(pixels, 2, torch.Generator().manual_seed(0))
     assert torch.equal(pixels, before) and found.dtype == torch.uint8
     for i, image in enumerate(found):
         assert set(image.unique().tolist()) <= {0, i + 1} and image.max() == i + 1
@@ -63,7 +63,7 @@ def test_images_do_not_mix_and_the_originals_stay():
 
 def test_augmentation_depends_on_the_generator_only():
     pixels = torch.randint(0, 256, (20, 8, 8), dtype=torch.uint8)
-    first, second, other = (train.augment(pixels, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, second, other = (data.augment(pixels, 2, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     assert torch.equal(first, second) and not torch.equal(first, other)
 
 
@@ -88,7 +88,7 @@ def test_a_killed_and_resumed_training_ends_with_the_same_bits(tiny_data, monkey
     expected, _ = train.train("mobilenet_v2", RECIPE, progress=False)
     resume_file.unlink()
 
-    augment, calls = train.augment, []
+    augment, calls = data.augment, []
 
     def killed(pixels, shift, generator):
         calls.append(1)
@@ -97,7 +97,7 @@ def test_a_killed_and_resumed_training_ends_with_the_same_bits(tiny_data, monkey
         return augment(pixels, shift, generator)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "augment", killed)
+        patch.setattr(data, "augment", killed)
         train.train("mobilenet_v2", RECIPE, progress=False)
     assert resume_file.exists()
     capsys.readouterr()
@@ -110,7 +110,7 @@ def test_a_killed_and_resumed_training_ends_with_the_same_bits(tiny_data, monkey
 def test_a_finished_training_that_was_killed_before_publishing_is_not_repeated(tiny_data, monkeypatch):
     build_stubs(monkeypatch)
     expected, seconds = train.train("resnet18", RECIPE, progress=False)
-    monkeypatch.setattr(train, "augment", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(data, "augment", lambda *args: pytest.fail("trained again"))
     found, seconds_again = train.train("resnet18", RECIPE, progress=False)
     assert equal(found, expected) and seconds_again == seconds and not found.training
 

@@ -70,18 +70,6 @@ STORAGE = {  # name → which tensors become FP16
 }
 
 
-def augment(pixels, shift, generator):
-    """Return a copy of uint8 images `(n, 28, 28)`, each moved by up to ±shift pixels and mirrored half of the time."""
-    n, side = len(pixels), pixels.shape[-1]
-    padded = F.pad(pixels, (shift,) * 4)
-    dy, dx = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator)
-    rows = dy + torch.arange(side)
-    columns = dx + torch.arange(side)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
-
-
 def train(name, recipe, *, progress=True):
     """Train `name` and return `(model, seconds)`; resumes after a kill from the last whole epoch."""
     torch.manual_seed(recipe.seed)
@@ -150,7 +138,7 @@ def _augmented(images, recipe, shift, size, epoch, steps):
     order = torch.randperm(len(images), generator=generator)
     for step in range(steps):
         chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-        yield data.preprocess(augment(images.pixels[chosen], shift, generator), size), images.labels[chosen]
+        yield data.preprocess(data.augment(images.pixels[chosen], shift, generator), size), images.labels[chosen]
 
 
 def publish(name, model, recipe, seconds):

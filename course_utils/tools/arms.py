@@ -1,0 +1,168 @@
+"""Train the arms of notebook 03: `make arms`, or `python -m course_utils.tools.arms [model ...]`.
+
+Each arm is trained with several seeds; all arms of one seed see the same images in the same order for the same number of
+steps. What the trained networks predict is kept in `data/arms.safetensors`, so that any two can be compared image by image,
+with the checksum of the network that all of them started from. A run that was stopped goes on with the next arm; arms of a
+network that was trained again are trained again.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from course_utils import data, files, measure, models, qat, simulate, training
+from course_utils.simulate import Policy
+
+FILE = "arms.safetensors"
+SEEDS = (0, 1, 2)
+STEPS = 200
+FEW = {"clip": "mse", "observer": "mse", "first_last": 8}
+W8A8, W4A8 = Policy(weights=8, activations=8), Policy(weights=4, activations=8)
+W4A4, W2A2 = Policy(weights=4, activations=4, **FEW), Policy(weights=2, activations=2, **FEW)
+W2A8 = Policy(weights=2, activations=8, clip="mse", first_last=8)
+POLICIES = {"resnet18": (W8A8, W4A8, W4A4, W2A8, W2A2), "mobilenet_v2": (W8A8, W4A8, W4A4)}
+LR = 0.002  # chosen on validation images; 2-bit weights have further to go
+LRS = {W2A8: 0.005, W2A2: 0.005}
+SETTINGS = {"shift": 1, "label_smoothing": 0.1}  # as the networks were trained, and for all arms alike
+BF16 = ("resnet18",)  # pays where dense convolutions dominate
+CURVE = (3, 10, 30, 100)  # steps of the shorter trainings, of MobileNetV2 at W4A8, scored on validation images
+
+FP32, PTQ = "FP32", "PTQ"  # not trained
+CONTROL, CONTROL_PTQ = "FP32 fine-tuned", "FP32 fine-tuned, then PTQ"
+STATISTICS, QAT = "PTQ, batch norms re-estimated", "QAT"
+KINDS = {"resnet18": (QAT,), "mobilenet_v2": (CONTROL_PTQ, STATISTICS, QAT)}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One network: `model` treated as `arm` says, under `policy`, with `steps` steps of rate `lr`, scored on `split`."""
+
+    model: str
+    arm: str
+    policy: Policy | None = None
+    steps: int = 0
+    lr: float | None = None
+    seed: int | None = None
+    split: str = "test"
+
+
+def wanted(name):
+    """Return all `Arm`s of model `name`; those that share a training follow one another."""
+    trainings = [("test", STEPS, POLICIES[name])]
+    if name == "mobilenet_v2":
+        trainings += [("validation", steps, (W4A8,)) for steps in CURVE]
+    found = []
+    for split, steps, policies in trainings:
+        found += [Arm(name, FP32, split=split), *(Arm(name, PTQ, policy, split=split) for policy in policies)]
+        rates = {policy: LRS.get(policy, LR) for policy in policies}
+        for seed in SEEDS:
+            # Kind after kind: a control is trained once for all policies.
+            found += [Arm(name, CONTROL, None, steps, lr, seed, split) for lr in sorted(set(rates.values()))]
+            for kind in KINDS[name]:
+                found += [Arm(name, kind, policy, steps, lr, seed, split) for policy, lr in rates.items()]
+    return list(dict.fromkeys(found))
+
+
+class Trainer:
+    """Makes the networks of arms; keeps the last fine-tuned FP32 network, which several arms start from."""
+
+    def __init__(self):
+        self.calibration = data.batches(data.fashion_mnist("calibration"), 32, limit=256)
+        self.images = data.fashion_mnist("train")
+        self.control = None, None
+
+    def make(self, arm):
+        """Return the network of `arm`, in evaluation mode."""
+        model = models.load(arm.model)
+        if arm.arm in (CONTROL, CONTROL_PTQ):
+            model = self._control(arm, model)
+        if arm.arm in (PTQ, CONTROL_PTQ):
+            return simulate.quantize(model, arm.policy, self.calibration)
+        if arm.arm in (QAT, STATISTICS):
+            model = qat.prepare(model, arm.policy, self.calibration)
+            # Without a learning rate nothing learns, but batch norms see the same images and follow them.
+            self._finetune(model, arm, lr=0.0 if arm.arm == STATISTICS else arm.lr)
+            return qat.convert(model)
+        return model.eval()
+
+    def _control(self, arm, model):
+        key = arm.model, arm.steps, arm.lr, arm.seed
+        if self.control[0] != key:
+            self._finetune(model, arm, lr=arm.lr)
+            self.control = key, model.eval()
+        return self.control[1]
+
+    def _finetune(self, model, arm, *, lr):
+        training.finetune(model, self.images, steps=arm.steps, seed=arm.seed, lr=lr, bf16=arm.model in BF16, **SETTINGS)
+
+
+def predictions(arm, model):
+    """Return the classes, int64 `(images,)`, that `model` predicts for the images of the arm's split."""
+    return measure.predictions(model, data.batches(data.fashion_mnist(arm.split), 100))[0]
+
+
+def read():
+    """Return `Arm` → predicted classes, int64 `(images,)`; arms of networks that have changed since are left out.
+
+    Raises `DataFileError` when there is no such file, or it is damaged.
+    """
+    path = files.data_dir() / FILE
+    if not path.exists():
+        raise files.DataFileError(f"{path} is missing: restore it with git, or train its networks with `make arms`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            listed = json.loads(file.metadata()["arms"])
+            found = {_arm(row["arm"]): (file.get_tensor(key).long(), row["checkpoint"]) for key, row in listed.items()}
+    except Exception as error:  # safetensors raises its own type
+        raise files.DataFileError(
+            f"{path} is damaged ({error}): restore it with git, or delete it and run `make arms`"
+        ) from None
+    current = {name: _checksum(name) for name in POLICIES}
+    return {arm: classes for arm, (classes, checkpoint) in found.items() if checkpoint == current[arm.model]}
+
+
+def _arm(row):
+    return Arm(**row | {"policy": row["policy"] and Policy(**row["policy"])})
+
+
+def _row(arm):
+    policy = arm.policy and {k: v for k, v in vars(arm.policy).items() if v != getattr(Policy(), k)}
+    return {"arm": vars(arm) | {"policy": policy}, "checkpoint": _checksum(arm.model)}
+
+
+def _write(found):
+    keys = [f"{number:03}" for number in range(len(found))]
+    tensors = {key: classes.to(torch.uint8) for key, classes in zip(keys, found.values(), strict=True)}
+    listed = {key: _row(arm) for key, arm in zip(keys, found, strict=True)}
+    metadata = {"arms": listed, "settings": SETTINGS | {"batch_size": 32}, "machine": measure.machine()}
+    with files.replacing(files.data_dir() / FILE) as partial:
+        save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in metadata.items()})
+
+
+def _checksum(name):
+    return files.read_manifest()[models.checkpoint(name)]["sha256"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="model", help=f"networks to train (default: {' '.join(POLICIES)})")
+    names = parser.parse_args().names or list(POLICIES)
+    for name in names:
+        if name not in POLICIES:
+            parser.error(f"unknown model {name!r}: choose from {', '.join(POLICIES)}")
+    found = read() if (files.data_dir() / FILE).exists() else {}
+    trainer = Trainer()
+    for arm in (bar := tqdm([arm for name in names for arm in wanted(name) if arm not in found], unit="network")):
+        found[arm] = predictions(arm, trainer.make(arm))
+        _write(found)
+        right = (found[arm] == data.fashion_mnist(arm.split).labels).double().mean()
+        bar.write(f"{arm.model}, {arm.policy}, {arm.arm}, {arm.steps} steps, seed {arm.seed}, {arm.split}: {right:.2%}")
+
+
+if __name__ == "__main__":
+    main()
