@@ -12,7 +12,7 @@ NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDG
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all test lint unit test-notebooks lab doctor train ladder report lock clean always
+.PHONY: help setup run-all test lint unit test-notebooks lab doctor train train-lowbit arms ladder report lock clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -45,6 +45,12 @@ doctor: $(INSTALLED) ## Say what this machine has for the course, and how to men
 
 train: $(INSTALLED) ## Train the course's models again from the committed data (up to an hour; resumes after a stop)
 	@$(PY) -m course_utils.tools.train
+
+train-lowbit: $(INSTALLED) ## Train ResNet18 with 2-bit weights again (half an hour; resumes after a stop)
+	@$(PY) -m course_utils.tools.lowbit
+
+arms: $(INSTALLED) ## Train the arms of notebook 03 again (an hour; resumes after a stop)
+	@$(PY) -m course_utils.tools.arms
 
 ladder: $(INSTALLED) ## Measure every rung of the ladder in notebook 02 again (an hour or more; resumes after a stop)
 	@$(PY) -m course_utils.tools.ladder

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from . import cpu
-from .stats import Proportion, bootstrap_ratio, mcnemar, paired_difference
+from .stats import Proportion, bootstrap_ratio, mcnemar, mean_over_runs, paired_difference
 from .tables import Table
 
 NO_IMAGES = "no images to measure on: batches was empty (a generator can be used only once)"
@@ -117,6 +117,35 @@ def compare_predictions(first, second, labels):
         fixed=int((~a_right & b_right).sum()),
         broke=int((a_right & ~b_right).sum()),
     )
+
+
+@dataclass(frozen=True)
+class SeedComparison:
+    """Two ways to train, each with the same seeds, on the same images: mean accuracies `first` and `second`, their
+    `difference` with its 95 % interval `low`..`high` over images and seeds (`stats.mean_over_runs`), and seed by seed, `each`.
+    """
+
+    first: float
+    second: float
+    difference: float
+    low: float
+    high: float
+    each: tuple
+
+    def __str__(self):
+        return f"{100 * self.difference:+.2f} [{100 * self.low:+.2f}, {100 * self.high:+.2f}]"
+
+
+def compare_seeds(first, second, labels):
+    """Return the `SeedComparison` of two lists of predicted classes, one int64 tensor `(images,)` a seed.
+
+    A way that has no seed is a list of the same tensor as often. Raises `ValueError` for lists of other lengths, and for
+    fewer than 2 seeds.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"need as many predictions of both, got those of {len(first)} and {len(second)} seeds")
+    a, b = (torch.stack([classes == labels for classes in found]).double() for found in (first, second))
+    return SeedComparison(float(a.mean()), float(b.mean()), *mean_over_runs(b - a), tuple((b - a).mean(1).tolist()))
 
 
 def _outputs(models, batches):

@@ -249,3 +249,16 @@ def pareto(series, *, xlabel, ylabel, title="", baseline=None):
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend()
     return figure
+
+
+def clusters(frames, *, qmin, qmax, title=""):
+    """Draw how weights lie between the integers they round to: frames is a dict of label → weights / scale, one picture each."""
+    figure, axes = plt.subplots(1, len(frames), figsize=(7.5, 2.4), sharey=True, squeeze=False)
+    edges = np.linspace(qmin - 1, qmax + 1, 24 * (qmax - qmin + 2) + 1)
+    for axis, (label, w) in zip(axes[0], frames.items(), strict=True):
+        axis.hist(np.asarray(w.flatten()).clip(qmin - 1, qmax + 1), bins=edges, color=BLUE)
+        for q in range(qmin, qmax):
+            axis.axvline(q + 0.5, color=GREY, ls=":", lw=0.8)  # where rounding changes
+        axis.set(title=label, xticks=range(qmin, qmax + 1), yticks=[], xlabel="weight / scale")
+    figure.suptitle(title, fontsize="medium")
+    return figure

@@ -8,6 +8,7 @@ Rounding has no useful derivative, so its backward pass is replaced: by the stra
 arXiv 1308.3432), or by that of LSQ (Esser et al. 2020, 1902.08153), which learns the scales as well. Needs torch alone.
 """
 
+import contextlib
 import copy
 from dataclasses import replace
 
@@ -117,7 +118,8 @@ class ObservedScale(nn.Module):
 
     def forward(self, x):
         if self.training and self.observing:
-            self._observe(x.detach())
+            with contextlib.suppress(ValueError):  # no numbers any more: the range stays, and the loss will tell
+                self._observe(x.detach())
         scale, zero_point = (affine.spread(p, x, self.like) for p in (self.scale, self.zero_point))
         return StraightThrough.apply(x, scale, zero_point, self.like.qmin, self.like.qmax, self.mask)
 

@@ -75,6 +75,25 @@ def paired_difference(fixed, broke, n, confidence=0.95):
     return (fixed - broke) / n, centre - half, centre + half
 
 
+def mean_over_runs(differences, confidence=0.95):
+    """Return `(mean, low, high)` of `differences` `(runs, items)`: one number for each item, such as an image, in each run.
+
+    Both count: other items could have been drawn, and other runs, such as seeds, be made. The variance of the mean is that of
+    the items' means over the runs, divided by the items, plus that of the runs' means, divided by the runs; the interval is
+    the normal one. With few runs their variance is a rough guess. Raises `ValueError` for fewer than 2 runs or 2 items.
+    """
+    import torch
+
+    table = torch.as_tensor(differences, dtype=torch.float64)
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise ValueError(f"need a table of at least 2 runs and 2 items, got shape {tuple(table.shape)}")
+    runs, items = table.shape
+    variance = table.mean(0).var() / items + table.mean(1).var() / runs
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(float(variance))
+    mean = float(table.mean())
+    return mean, mean - half, mean + half
+
+
 def bootstrap_ratio(numerator, denominator, *, confidence=0.95, resamples=2000, seed=0):
     """Return `(ratio, low, high)` of the medians of two paired samples (the same rounds), with a percentile bootstrap.
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from course_utils import affine, backends, integer, measure
+from course_utils import affine, backends, integer, measure, qat
 from tests.conftest import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -235,13 +235,58 @@ def test_calibration_without_images_is_refused(runs, block):
         backends.quantize_static(block, [], engine="pt2e")
 
 
-def test_what_it_cannot_do_it_says(int8, block, images):
+def test_what_it_cannot_do_it_says(int8, images):
     with pytest.raises(ValueError, match="unrounded sums after conv2d.*no integer counterpart"):
         integer.IntegerModel(int8)
     with pytest.raises(ValueError, match="unrounded sums"):
         backends.integers(int8, images)
-    with pytest.raises(ValueError, match="'pt2e' only quantizes after training"):
-        backends.prepare_qat(block, engine="pt2e")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"per_channel": False}, {"reduce_range": True}], ids=["default", "per tensor", "headroom"]
+)
+def test_a_network_trained_with_fake_quantizers_becomes_integers_that_agree(runs, block, images, tmp_path, options):
+    shape = tuple(images.shape[1:])
+    prepared = backends.prepare_qat(block, engine="pt2e", image_shape=shape, **options)
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.01)
+    before = [p.detach().clone() for p in prepared.parameters()]
+    for step in range(6):
+        if step == 4:
+            qat.freeze(prepared)
+            buffers = {k: v.clone() for k, v in prepared.named_buffers() if k.endswith(("running_mean", "max_val"))}
+        optimizer.zero_grad()
+        prepared(images).square().mean().backward()
+        optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, prepared.parameters(), strict=True) if a.abs().max() > 0)
+    weight_ranges = [k for k in buffers if not torch.equal(buffers[k], dict(prepared.named_buffers())[k])]
+    assert not weight_ranges, "frozen, nothing moves"
+
+    fingerprint_before = fingerprint(prepared)
+    converted = backends.convert_qat(prepared)
+    assert fingerprint(prepared) == fingerprint_before
+    fake, real = outputs(prepared.eval(), images), outputs(converted, images)
+    assert (fake - real).abs().max() < 0.05 * fake.abs().max()
+    torch.testing.assert_close(
+        outputs(backends.reference(converted), images), fake, rtol=0, atol=0.05 * float(fake.abs().max())
+    )
+
+    backends.save(converted, tmp_path / "trained.safetensors")
+    loaded = backends.load(tmp_path / "trained.safetensors", model=block)
+    assert torch.equal(outputs(loaded, images), real)
+    assert backends.recipe_of(loaded)["kind"] == "qat"
+
+
+def test_dropout_and_batch_norm_of_an_exported_network_follow_its_mode(runs, block, images):
+    prepared = backends.prepare_qat(block, engine="pt2e", image_shape=tuple(images.shape[1:]))
+    outputs(prepared, images)
+    prepared.eval()
+    statistics = {k: v.clone() for k, v in prepared.named_buffers() if "running" in k}
+    assert "True" not in "".join(str(node.args) for node in prepared.graph.graph.nodes if "dropout" in node.name)
+    outputs(prepared, images)
+    assert all(torch.equal(v, dict(prepared.named_buffers())[k]) for k, v in statistics.items())
+    prepared.train()
+    assert not torch.equal(outputs(prepared, images), outputs(prepared, images))
+    assert not all(torch.equal(v, dict(prepared.named_buffers())[k]) for k, v in statistics.items())
 
 
 def test_resnet18_is_a_quarter_of_its_float_file_and_leaves_no_float_copy_behind(runs, resnet18, calibration, images):

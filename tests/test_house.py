@@ -16,8 +16,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "course_utils"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENGINES = ("torch.ao", "torchao", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "tensorrt")
-ARITHMETIC = ("formats", "affine", "observers", "integer", "rounding", "weights", "int4", "simulate", "stats", "tables")
-ABOVE = ("backends", "measure", "ledger", "plots", "widgets", "exercises", "tools", "qat")
+ARITHMETIC = (
+    *("formats", "affine", "observers", "integer", "rounding", "weights", "int4", "simulate", "qat"),
+    *("stats", "tables"),
+)
+ABOVE = ("backends", "measure", "ledger", "plots", "widgets", "exercises", "tools", "training")
 PUBLIC = {
     "data": ["fashion_mnist(split, *, size=64)", "batches(dataset, batch_size, *, limit=None)"],
     "models": ["load(name, *, weights='course')"],

@@ -219,3 +219,16 @@ def test_stored_predictions_compare_as_the_models_do(resnet18, images):
         measure.predictions(resnet18, [])
     with pytest.raises(ValueError, match="8, 7 and 8"):
         measure.compare_predictions(first, second[1:], labels)
+
+
+def test_seeds_are_compared_image_by_image():
+    labels = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7])
+    right = labels.clone()
+    one_off, two_off = labels.clone(), labels.clone()
+    one_off[0], two_off[:2] = 9, 9
+    found = measure.compare_seeds([two_off, two_off], [one_off, right], labels)
+    assert (found.first, found.second, found.difference) == pytest.approx((0.75, 0.9375, 0.1875))
+    assert found.each == pytest.approx((0.125, 0.25)) and found.low < 0.1875 < found.high
+    assert str(found).startswith("+18.75 [")
+    with pytest.raises(ValueError, match="1 and 2 seeds"):
+        measure.compare_seeds([right], [right, right], labels)

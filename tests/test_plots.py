@@ -140,3 +140,12 @@ def test_a_pareto_plot_joins_the_points_of_a_strategy_by_size_and_labels_each():
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [2, 5] and line.get_ydata().tolist() == [50, 90]
     assert all(word in texts(figure) for word in ("2 bits", "4 bits", "uniform"))
+
+
+def test_clusters_draw_one_histogram_a_frame_with_a_tick_for_each_integer():
+    w = torch.tensor([[-5.0, -1.0], [0.1, 0.9]])
+    figure = plots.clusters({"first": w, "last": w.round()}, qmin=-2, qmax=1, title="weights")
+    assert [axis.get_title() for axis in figure.axes] == ["first", "last"]
+    for axis in figure.axes:
+        assert sum(patch.get_height() for patch in axis.patches) == 4  # one far below the range included
+        assert axis.get_xticks().tolist() == [-2, -1, 0, 1]

@@ -2,10 +2,11 @@ import math
 import random
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course_utils.stats import Proportion, bootstrap_ratio, mcnemar, paired_difference, rank_correlation
+from course_utils.stats import Proportion, bootstrap_ratio, mcnemar, mean_over_runs, paired_difference, rank_correlation
 
 quick = settings(max_examples=100)
 
@@ -134,3 +135,29 @@ def test_rank_correlation_sees_the_order_alone():
 def test_samples_without_an_order_are_refused(a, b, message):
     with pytest.raises(ValueError, match=message):
         rank_correlation(a, b)
+
+
+def test_the_interval_over_runs_covers_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    runs, items, trials, hits = 10, 200, 400, 0
+    for _ in range(trials):
+        seed_effect = 0.1 * torch.randn(runs, 1, generator=generator)
+        item_effect = torch.randn(1, items, generator=generator)
+        table = 0.3 + seed_effect + item_effect + torch.randn(runs, items, generator=generator)
+        mean, low, high = mean_over_runs(table)
+        assert low < mean < high
+        hits += low <= 0.3 <= high
+    assert 0.92 <= hits / trials <= 0.99
+
+
+def test_runs_that_agree_leave_the_interval_of_the_items():
+    items = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    mean, low, high = mean_over_runs(items.repeat(3, 1))
+    half = 1.959964 * (items.double().var() / 4).sqrt().item()
+    assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), rel=1e-6)
+
+
+@pytest.mark.parametrize("table", [[[1.0, 2.0]], [[1.0], [2.0]], [1.0, 2.0]])
+def test_too_few_runs_or_items_are_refused(table):
+    with pytest.raises(ValueError, match="at least 2 runs and 2 items"):
+        mean_over_runs(table)

@@ -136,9 +136,12 @@ def test_a_loss_that_is_no_number_stops_the_training_and_keeps_the_last_good_wei
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
-def test_a_learning_rate_that_is_far_too_high_is_noticed(some):
+@pytest.mark.parametrize("scales", [None, *qat.SCALES])
+def test_a_learning_rate_that_is_far_too_high_is_noticed(some, scales):
+    policy, calibration = Policy(weights=4, activations=8), data.batches(some, 50, limit=50)
+    model = tiny() if scales is None else qat.prepare(tiny(), policy, calibration, scales=scales)
     with pytest.raises(training.Diverged, match="smaller lr than 1e\\+30"):
-        training.finetune(tiny(), some, steps=50, lr=1e30)
+        training.finetune(model, some, steps=50, lr=1e30)
 
 
 class Killed(BaseException):

@@ -96,14 +96,14 @@ def quantize_static(model, calibration, *, engine=None, per_channel=True, observ
     return _tag(converted, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
-def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None):
+def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None, image_shape=(3, 64, 64)):
     """Return a copy of `model` in training mode with fake-quantizers and observers in it, ready for a training loop.
 
     Batch norms are fused into the convolutions in their trainable form, so they go on learning. Turn it into integers with
-    `convert_qat`. Arguments and errors as in `quantize_static`; engine `"pt2e"` raises `ValueError`.
+    `convert_qat`. image_shape: of one image; engine `"pt2e"` takes no other. The rest is as in `quantize_static`.
     """
     recipe = _recipe(PREPARED, engine, per_channel, "minmax", reduce_range)
-    prepared = _family(recipe["engine"]).prepare_qat(model, recipe)
+    prepared = _family(recipe["engine"]).prepare_qat(model, recipe, image_shape)
     return _tag(prepared, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 

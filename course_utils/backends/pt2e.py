@@ -22,7 +22,7 @@ from torch._inductor.fx_passes.freezing_patterns import freezing_passes
 
 from .. import affine
 from ..integer import Step
-from . import Engine
+from . import PREPARED, Engine
 
 # They remember the device of each network by the network itself.
 UNIQUE_DEVICE = {
@@ -63,15 +63,22 @@ def _export_globals():
 
 
 with _quietly():
-    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e import (
+        FakeQuantize,
+        HistogramObserver,
+        MinMaxObserver,
+        MovingAverageMinMaxObserver,
+        MovingAveragePerChannelMinMaxObserver,
+        PerChannelMinMaxObserver,
+    )
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
 
     # Importing it also registers the patterns that `freezing_passes` replaces by oneDNN kernels.
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import QuantizationConfig, X86InductorQuantizer
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
-CONVOLUTION, LINEAR = aten.conv2d.default, aten.linear.default
+CONVOLUTION, LINEAR, BATCH_NORM = aten.conv2d.default, aten.linear.default, aten.batch_norm.default
 QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
 RANGES = "activations"  # the tensors in a file that hold all scales and zero points of activations
 
@@ -123,10 +130,43 @@ def quantize_static(model, calibration, recipe):
         return Lowered(_convert(prepared), first.shape[1:])
 
 
-def prepare_qat(model, recipe):
-    raise ValueError(
-        "engine 'pt2e' only quantizes after training in this course: leave engine= out, or take another one"
-    )
+class Trainable(nn.Module):
+    """An exported network in training, with fake-quantizers and observers in it: float32 images → logits.
+
+    Exported graphs refuse `train()` and `eval()`, for in them batch norm and dropout are functions that carry their mode as
+    an argument. Here the two set that argument. `disable_observer()` freezes ranges, and batch norms in evaluation mode.
+    """
+
+    def __init__(self, graph, image_shape):
+        super().__init__()
+        self.graph, self.image_shape, self.meta, self.frozen = graph, tuple(image_shape), {}, False
+
+    def forward(self, images):
+        return self.graph(images)
+
+    def train(self, mode=True):
+        self.training = mode
+        _set_mode(self.graph, batch_norm=mode and not self.frozen, dropout=mode)
+        return self
+
+    def disable_observer(self):
+        """Let ranges and batch-norm statistics stand still from now on."""
+        self.frozen = True
+        self.train(self.training)
+        for module in self.graph.modules():
+            if isinstance(module, FakeQuantize):
+                module.disable_observer()
+
+
+def prepare_qat(model, recipe, image_shape):
+    with _quietly():
+        return Trainable(_prepare(model, image_shape, recipe), image_shape)
+
+
+def convert_qat(model, recipe):
+    with _quietly(), torch.no_grad():
+        trained = copy.deepcopy(model).eval()
+        return Lowered(_convert(trained.graph), trained.image_shape)
 
 
 def flatten(model):
@@ -144,7 +184,7 @@ def rebuild(model, recipe, tensors, rest):
     """Return the stored model: the same graph made anew from the float module, then filled with the stored integers."""
     with _quietly(), torch.no_grad():
         prepared = _prepare(model, rest["image_shape"], recipe | {"observer": "minmax"})
-        prepared(_example(rest["image_shape"]))
+        prepared(_example(rest["image_shape"]))  # any range will do
         graph = _convert(prepared)
         names, ranges = _names(graph), _ranges(graph)
         strange = {*names.values(), f"{RANGES}.scales", f"{RANGES}.zero_points"} ^ tensors.keys()
@@ -164,14 +204,27 @@ def rebuild(model, recipe, tensors, rest):
 
 
 def _prepare(model, image_shape, recipe):
-    """Return the exported model with observers in it."""
-    quantizer = X86InductorQuantizer().set_global(_config(recipe))
-    exported = _export(copy.deepcopy(model).eval(), _example(image_shape)).module()
-    return prepare_pt2e(exported, quantizer)
+    """Return the exported model with observers in it, or, to train it, with fake-quantizers."""
+    training = recipe["kind"] in ("qat", PREPARED)
+    quantizer = X86InductorQuantizer().set_global(_config(recipe, training))
+    exported = _export(copy.deepcopy(model).train(training), _example(image_shape)).module()
+    return (prepare_qat_pt2e if training else prepare_pt2e)(exported, quantizer)
+
+
+def _set_mode(graph, *, batch_norm, dropout):
+    """Say whether the batch norms of an exported graph shall train, and its dropouts drop."""
+    # operation → which argument says it, and what it shall say
+    modes = {BATCH_NORM: (5, batch_norm), aten.dropout.default: (2, dropout), aten.dropout_.default: (2, dropout)}
+    for node in graph.graph.nodes:
+        if node.target in modes:
+            argument, mode = modes[node.target]
+            node.args = (*node.args[:argument], mode, *node.args[argument + 1 :])
+    graph.recompile()
 
 
 def _convert(prepared):
     """Return the graph in integers and scales, without the float weights it came from."""
+    _set_mode(prepared, batch_norm=False, dropout=False)
     graph = convert_pt2e(prepared)
     for node in graph.graph.nodes:
         if node.target in (QUANTIZE, DEQUANTIZE) and node.args[5] == torch.uint8:
@@ -219,9 +272,25 @@ class _OneScale(PerChannelMinMaxObserver):
         return scale.max().expand_as(scale).contiguous(), zero_point
 
 
-def _config(recipe):
+class _OneScaleTrained(MovingAveragePerChannelMinMaxObserver):
+    """The same while training."""
+
+    def calculate_qparams(self):
+        scale, zero_point = super().calculate_qparams()
+        return scale.max().expand_as(scale).contiguous(), zero_point
+
+
+def _config(recipe, training):
     """Return how torchao shall quantize: 8-bit asymmetric activations, 8-bit symmetric weights, as in torch_ao."""
-    activation = {"minmax": MinMaxObserver, "histogram": HistogramObserver}[recipe["observer"]]
+    if training:
+        activation = FakeQuantize.with_args(observer=MovingAverageMinMaxObserver)
+        weight = FakeQuantize.with_args(
+            observer=MovingAveragePerChannelMinMaxObserver if recipe["per_channel"] else _OneScaleTrained,
+            averaging_constant=1.0,  # the range of a weight is known at each step, there is nothing to average
+        )
+    else:
+        activation = {"minmax": MinMaxObserver, "histogram": HistogramObserver}[recipe["observer"]]
+        weight = PerChannelMinMaxObserver if recipe["per_channel"] else _OneScale
     activations = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
@@ -235,9 +304,9 @@ def _config(recipe):
         quant_max=127,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
-        observer_or_fake_quant_ctr=PerChannelMinMaxObserver if recipe["per_channel"] else _OneScale,
+        observer_or_fake_quant_ctr=weight,
     )
-    return QuantizationConfig(activations, activations, weights, None)
+    return QuantizationConfig(activations, activations, weights, None, is_qat=training)
 
 
 def _names(graph):

@@ -58,9 +58,9 @@ def quantize_static(model, calibration, recipe):
         return convert_fx(prepared)
 
 
-def prepare_qat(model, recipe):
+def prepare_qat(model, recipe, image_shape):
     with _quietly(recipe["engine"]):
-        return prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), (torch.zeros(1, 3, 64, 64),))
+        return prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), (torch.zeros(1, *image_shape),))
 
 
 def convert_qat(model, recipe):
