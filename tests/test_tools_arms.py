@@ -21,8 +21,8 @@ def folder(tmp_path, monkeypatch):
 
 
 PTQ = arms.Arm("resnet18", arms.PTQ, Policy(weights=4, layers={"fc": 8}))
-TRAINED = arms.Arm("mobilenet_v2", arms.QAT, arms.W4A8, 10, 0.002, 2, "validation")
-CONTROL = arms.Arm("resnet18", arms.CONTROL, None, 10, 0.002, 0)
+TRAINED = arms.Arm("mobilenet_v2", arms.QAT, arms.W4A8, 10, 2, "validation")
+CONTROL = arms.Arm("resnet18", arms.CONTROL, None, 10, 0)
 
 
 def test_what_was_predicted_is_read_back(folder):
@@ -83,12 +83,12 @@ def test_a_stopped_run_goes_on_where_it_was(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", arms.POLICIES)
-def test_every_trained_arm_has_a_control_with_the_same_steps_rate_and_seed(name):
+def test_every_trained_arm_has_a_control_with_the_same_steps_and_seed(name):
     wanted = arms.wanted(name)
     assert len(set(wanted)) == len(wanted)
-    controls = {(a.steps, a.lr, a.seed, a.split) for a in wanted if a.arm == arms.CONTROL}
-    trained = {(a.steps, a.lr, a.seed, a.split) for a in wanted if a.arm == arms.QAT}
-    assert trained == controls and {seed for _, _, seed, _ in trained} == set(arms.SEEDS) and len(arms.SEEDS) >= 3
+    controls = {(a.steps, a.seed, a.split) for a in wanted if a.arm == arms.CONTROL}
+    trained = {(a.steps, a.seed, a.split) for a in wanted if a.arm == arms.QAT}
+    assert trained == controls and {seed for _, seed, _ in trained} == set(arms.SEEDS) and len(arms.SEEDS) >= 3
 
 
 def test_each_arm_is_made_of_the_network_it_names(monkeypatch):
@@ -102,7 +102,7 @@ def test_each_arm_is_made_of_the_network_it_names(monkeypatch):
     monkeypatch.setattr(arms.training, "finetune", finetune)
     trainer, w8 = arms.Trainer(), Policy(weights=8)
     x = torch.randn(2, 3, 64, 64)
-    rest = (7, 0.01, 1)
+    rest = (7, 1)
     with torch.no_grad():
         plain, rounded = (trainer.make(arms.Arm("resnet18", *a))(x) for a in ((arms.FP32,), (arms.PTQ, w8)))
         assert not torch.equal(plain, rounded)
@@ -113,7 +113,7 @@ def test_each_arm_is_made_of_the_network_it_names(monkeypatch):
             trainer.make(arms.Arm("resnet18", arms.QAT, w8, *rest))(x), rounded, rtol=1e-3, atol=1e-3
         )
         trainer.make(arms.Arm("resnet18", arms.STATISTICS, w8, *rest))
-    assert [s["lr"] for s in steps] == [0.01, 0.01, 0.0]
+    assert [s["lr"] for s in steps] == [arms.LR, arms.LR, 0.0]
     assert all(s["steps"] == 7 and s["seed"] == 1 and s["bf16"] for s in steps)
 
 

@@ -26,47 +26,52 @@ W8A8, W4A8 = Policy(weights=8, activations=8), Policy(weights=4, activations=8)
 W4A4 = Policy(weights=4, activations=4, **FEW)
 W2A8 = Policy(weights=2, activations=8, clip="mse", first_last=8)
 POLICIES = {"resnet18": (W8A8, W4A8, W4A4, W2A8), "mobilenet_v2": (W4A8, W4A4)}
-LR = 0.002  # chosen on validation images; 2-bit weights have further to go
-LRS = {W2A8: 0.005}
+LONGER = {("resnet18", W4A4): 400, ("resnet18", W2A8): 400}  # few bits have further to go, and so does their control
+LR = 0.002  # chosen on validation images
 SETTINGS = {"shift": 1, "label_smoothing": 0.1}  # as the networks were trained, and for all arms alike
 BF16 = ("resnet18",)  # pays where dense convolutions dominate
 CURVE = (10, 30, 100)  # steps of the shorter trainings, of MobileNetV2 at W4A8, scored on validation images
 
 FP32, PTQ = "FP32", "PTQ"  # not trained
 CONTROL, CONTROL_PTQ = "FP32 fine-tuned", "FP32 fine-tuned, then PTQ"
-STATISTICS, QAT = "PTQ, batch norms re-estimated", "QAT"
+STATISTICS, QAT, OBSERVED = "PTQ, batch norms re-estimated", "QAT", "QAT, observed scales"
 # Where PTQ falls: how much comes back by fine-tuning without quantization, how much by batch-norm statistics alone.
 CONTROLLED = ("mobilenet_v2", W4A8)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One network: `model` treated as `arm` says, under `policy`, with `steps` steps of rate `lr`, scored on `split`."""
+    """One network: `model` treated as `arm` says, under `policy`, with so many `steps` and `seed`, scored on `split`."""
 
     model: str
     arm: str
     policy: Policy | None = None
     steps: int = 0
-    lr: float | None = None
     seed: int | None = None
     split: str = "test"
 
 
 def wanted(name):
     """Return all `Arm`s of model `name`; those that share a training follow one another."""
-    trainings = [("test", STEPS, POLICIES[name])]
+    steps = {policy: LONGER.get((name, policy), STEPS) for policy in POLICIES[name]}
+    trainings = [("test", steps)]
     if name == CONTROLLED[0]:
-        trainings += [("validation", steps, CONTROLLED[1:]) for steps in CURVE]
+        trainings += [("validation", {CONTROLLED[1]: few}) for few in CURVE]
     found = []
-    for split, steps, policies in trainings:
-        found += [Arm(name, FP32, split=split), *(Arm(name, PTQ, policy, split=split) for policy in policies)]
-        rates = {policy: LRS.get(policy, LR) for policy in policies}
+    for split, steps in trainings:
+        found += [Arm(name, FP32, split=split), *(Arm(name, PTQ, policy, split=split) for policy in steps)]
         for seed in SEEDS:
-            found += [Arm(name, CONTROL, None, steps, lr, seed, split) for lr in sorted(set(rates.values()))]
-            for policy, lr in rates.items():
-                kinds = (CONTROL_PTQ, STATISTICS, QAT) if (name, policy) == CONTROLLED else (QAT,)
-                found += [Arm(name, kind, policy, steps, lr, seed, split) for kind in kinds]
+            found += [Arm(name, CONTROL, None, n, seed, split) for n in sorted(set(steps.values()))]
+            for policy, n in steps.items():
+                found += [Arm(name, kind, policy, n, seed, split) for kind in kinds(name, policy)]
     return list(dict.fromkeys(found))
+
+
+def kinds(name, policy):
+    """Return what is trained under `policy` besides the float32 control."""
+    if (name, policy) == CONTROLLED:
+        return CONTROL_PTQ, STATISTICS, QAT
+    return (QAT, OBSERVED) if policy == W8A8 else (QAT,)
 
 
 class Trainer:
@@ -84,17 +89,18 @@ class Trainer:
             model = self._control(arm, model)
         if arm.arm in (PTQ, CONTROL_PTQ):
             return simulate.quantize(model, arm.policy, self.calibration)
-        if arm.arm in (QAT, STATISTICS):
-            model = qat.prepare(model, arm.policy, self.calibration)
+        if arm.arm in (QAT, OBSERVED, STATISTICS):
+            scales = "observed" if arm.arm == OBSERVED else "learned"
+            model = qat.prepare(model, arm.policy, self.calibration, scales=scales)
             # Without a learning rate nothing learns, but batch norms see the same images and follow them.
-            self._finetune(model, arm, lr=0.0 if arm.arm == STATISTICS else arm.lr)
+            self._finetune(model, arm, lr=0.0 if arm.arm == STATISTICS else LR)
             return qat.convert(model)
         return model.eval()
 
     def _control(self, arm, model):
-        key = arm.model, arm.steps, arm.lr, arm.seed
+        key = arm.model, arm.steps, arm.seed
         if self.control[0] != key:
-            self._finetune(model, arm, lr=arm.lr)
+            self._finetune(model, arm, lr=LR)
             self.control = key, model.eval()
         return self.control[1]
 
@@ -145,7 +151,7 @@ def _write(found):
     keys = [f"{number:03}" for number in range(len(found))]
     tensors = {key: classes.to(torch.uint8) for key, classes in zip(keys, found.values(), strict=True)}
     listed = {key: _row(arm) for key, arm in zip(keys, found, strict=True)}
-    metadata = {"arms": listed, "settings": SETTINGS | {"batch_size": 32}, "machine": measure.machine()}
+    metadata = {"arms": listed, "settings": SETTINGS | {"batch_size": 32, "lr": LR}, "machine": measure.machine()}
     with files.replacing(files.data_dir() / FILE) as partial:
         save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in metadata.items()})
 

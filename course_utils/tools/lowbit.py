@@ -29,7 +29,7 @@ TARGET = "checkpoints/resnet18_w2a8.safetensors"
 class Recipe:
     """The settings of `training.finetune`; goes into the manifest as it stands."""
 
-    steps: int = 2500
+    steps: int = 2000
     batch_size: int = 64  # of all processes together
     lr: float = 0.01
     freeze_at: float = 0.8
