@@ -6,7 +6,6 @@ with the checksum of the network that all of them started from. A run that was s
 network that was trained again are trained again.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from course_utils import data, files, measure, models, qat, simulate, training
 from course_utils.simulate import Policy
+from course_utils.tools import names_from_command_line
 
 FILE = "arms.safetensors"
 SEEDS = (0, 1, 2)
@@ -161,12 +161,7 @@ def _checksum(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="model", help=f"networks to train (default: {' '.join(POLICIES)})")
-    names = parser.parse_args().names or list(POLICIES)
-    for name in names:
-        if name not in POLICIES:
-            parser.error(f"unknown model {name!r}: choose from {', '.join(POLICIES)}")
+    names = names_from_command_line(__doc__, POLICIES, "networks to train")
     found = read() if (files.data_dir() / FILE).exists() else {}
     trainer = Trainer()
     for arm in (bar := tqdm([arm for name in names for arm in wanted(name) if arm not in found], unit="network")):

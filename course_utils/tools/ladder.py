@@ -5,7 +5,6 @@ lesson ends with on the test images too, and kept in `data/ladder.json`, one lin
 belong to. A run that was stopped goes on where it was; rungs of a network that was trained again are measured again.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from course_utils import data, files, measure, models, rounding, simulate
 from course_utils.simulate import Policy
 from course_utils.stats import Proportion
+from course_utils.tools import names_from_command_line
 
 FILE = "ladder.json"
 MODELS = ("resnet18", "mobilenet_v2")
@@ -111,12 +111,7 @@ def _float_predictions(name, split, limit):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="model", help=f"networks to measure (default: {' '.join(MODELS)})")
-    names = parser.parse_args().names or list(MODELS)
-    for name in names:
-        if name not in MODELS:
-            parser.error(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    names = names_from_command_line(__doc__, MODELS, "networks to measure")
     jobs = [(name, policy, repairs, (bits,), "test", None) for name, repairs, policy, bits in HEADLINES]
     jobs += [
         (name, policy, repairs, _activations(repairs, policy), "validation", VALIDATION_IMAGES)

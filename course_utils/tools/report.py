@@ -7,7 +7,7 @@ from course_utils.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- results: written by `make report` from data/ledger.json -->", "<!-- end of results -->"
-MODELS = ("FP32", "PTQ INT8", "QAT INT8", "packed INT4")
+MODELS = ("FP32", "PTQ INT8", "QAT INT8", "packed INT4", "packed 2-bit weights, QAT")
 COLUMNS = {  # column title → quantity in the ledger
     "blog: size": "size, as the blog claims",
     "size": "size",
@@ -41,7 +41,7 @@ def results(path):
             f"Against FP32 with batch norm folded and channels_last, INT8 is {ledger.format_entry(tuned)} as fast: that part "
             "is owed to eight bits alone. "
         )
-    lines.append("INT4 has no row of speeds: no CPU library has a 4-bit convolution kernel; the file is what shrinks.")
+    lines.append("Fewer than 8 bits have no speeds here: no CPU library has a convolution kernel for them; the file is what shrinks.")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -4,7 +4,6 @@ Each epoch draws its random numbers from a generator seeded with (seed, epoch), 
 last whole epoch exactly as if nothing had happened.
 """
 
-import argparse
 import time
 from dataclasses import asdict, dataclass
 
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from course_utils import data, files, measure, models
+from course_utils.tools import names_from_command_line
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,7 @@ def publish(name, model, recipe, seconds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="name", help=f"models to train (default: {' '.join(RECIPES)})")
-    names = parser.parse_args().names or list(RECIPES)
-    for name in names:
-        if name not in RECIPES:
-            parser.error(f"unknown model {name!r}: choose from {', '.join(RECIPES)}")
+    names = names_from_command_line(__doc__, RECIPES, "models to train")
     for name in names:
         model, seconds = train(name, RECIPES[name])
         score = publish(name, model, RECIPES[name], seconds)
