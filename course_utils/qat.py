@@ -55,14 +55,14 @@ class LearnedStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax, gradient_scale):
         low, high = qmin - zero_point, qmax - zero_point
-        ratio = x / scale
-        ctx.save_for_backward(ratio, scale, low, high)
+        ctx.save_for_backward(x, scale, low, high)  # x, which others have saved already, and not x / scale
         ctx.gradient_scale = gradient_scale
-        return ratio.clamp(low, high).round_().mul_(scale)
+        return (x / scale).clamp_(low, high).round_().mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient):
-        ratio, scale, low, high = ctx.saved_tensors
+        x, scale, low, high = ctx.saved_tensors
+        ratio = x / scale
         clipped = ratio.clamp(low, high)
         inside = ratio == clipped
         slope = clipped.round_().sub_(ratio * inside).mul_(gradient)
