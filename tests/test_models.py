@@ -7,6 +7,7 @@ import torch
 import torchvision
 
 from course_utils import data, files, measure, models
+from course_utils.tools import lowbit
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("resnet18", 11_181_642), ("mobilenet_v2", 2_236_682)])
@@ -150,7 +151,7 @@ def test_code_in_the_hub_cache_is_not_run(hub, tmp_path):
 
 def test_every_committed_checkpoint_is_in_the_manifest_and_whole():
     committed = {f"checkpoints/{path.name}" for path in (files.data_dir() / "checkpoints").glob("*.safetensors")}
-    assert committed == {models.checkpoint(name) for name in models.NAMES}
+    assert committed == {models.checkpoint(name) for name in models.NAMES} | {lowbit.TARGET}
     for name in committed:
         files.verified(name)
         assert {"licence", "origin", "recipe", "seconds", "accuracy"} <= files.read_manifest()[name].keys()

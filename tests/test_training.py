@@ -194,20 +194,18 @@ import sys, torch
 from torch import distributed
 from course_utils import data, qat, training
 from course_utils.simulate import Policy
+from course_utils.tools.lowbit import process_group
 from tests.test_training import tiny
 
 torch.set_num_threads(1)
-processes, path = int(sys.argv[1]), sys.argv[2]
-if processes > 1:
-    distributed.init_process_group("gloo")
 some = data.fashion_mnist("train", size=28).subset(slice(2000))
 calibration = data.batches(some, 50, limit=100)
-prepared = qat.prepare(tiny(), Policy(weights=4, activations=8), calibration)
-history = training.finetune(prepared, some, steps=12, lr=0.02, freeze_at=0.0)
-if processes == 1 or distributed.get_rank() == 0:
-    torch.save({"state": prepared.state_dict(), "losses": [loss for loss, _ in history]}, path)
-if processes > 1:
-    distributed.destroy_process_group()
+with process_group("cpu") as (rank, device):
+    assert (distributed.get_world_size() if distributed.is_initialized() else 1) == int(sys.argv[2])
+    prepared = qat.prepare(tiny(), Policy(weights=4, activations=8), calibration)
+    history = training.finetune(prepared, some, steps=12, lr=0.02, freeze_at=0.0, device=device)
+    if rank == 0:
+        torch.save({"state": prepared.state_dict(), "losses": [loss for loss, _ in history]}, sys.argv[1])
 """
 
 
@@ -218,7 +216,7 @@ def test_two_processes_train_the_network_that_one_trains(tmp_path, pytestconfig)
     found = {}
     for processes, launcher in launchers.items():
         path = tmp_path / f"{processes}.pt"
-        command = [sys.executable, *launcher, str(script), str(processes), str(path)]
+        command = [sys.executable, *launcher, str(script), str(path), str(processes)]
         environment = {"PYTHONPATH": str(pytestconfig.rootpath), "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | environment)
         assert run.returncode == 0, run.stderr[-2000:]

@@ -85,6 +85,7 @@ def process_group(device):
     try:
         local = int(os.environ["LOCAL_RANK"])
         yield distributed.get_rank(), f"cuda:{local}" if device == "cuda" else device
+        distributed.barrier()  # a process that leaves while others still work would take them down
     finally:
         distributed.destroy_process_group()
 

@@ -41,7 +41,9 @@ def results(path):
             f"Against FP32 with batch norm folded and channels_last, INT8 is {ledger.format_entry(tuned)} as fast: that part "
             "is owed to eight bits alone. "
         )
-    lines.append("Fewer than 8 bits have no speeds here: no CPU library has a convolution kernel for them; the file is what shrinks.")
+    lines.append(
+        "Fewer than 8 bits have no speeds here: no CPU library has a convolution kernel for them; the file is what shrinks."
+    )
     return "\n".join(line.rstrip() for line in lines)
 
 
