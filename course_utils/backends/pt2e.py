@@ -264,20 +264,20 @@ def _example(image_shape):
     return images.contiguous(memory_format=torch.channels_last) if images.ndim == 4 else images
 
 
-class _OneScale(PerChannelMinMaxObserver):
-    """The range of the whole tensor, given to each channel: the kernels want one scale a channel."""
+class _SharesOneScale:
+    """For an observer per channel: the range of the whole tensor, given to each; the kernels want one scale a channel."""
 
     def calculate_qparams(self):
         scale, zero_point = super().calculate_qparams()
         return scale.max().expand_as(scale).contiguous(), zero_point
 
 
-class _OneScaleTrained(MovingAveragePerChannelMinMaxObserver):
-    """The same while training."""
+class _OneScale(_SharesOneScale, PerChannelMinMaxObserver):
+    pass
 
-    def calculate_qparams(self):
-        scale, zero_point = super().calculate_qparams()
-        return scale.max().expand_as(scale).contiguous(), zero_point
+
+class _OneScaleTrained(_SharesOneScale, MovingAveragePerChannelMinMaxObserver):
+    pass
 
 
 def _config(recipe, training):
