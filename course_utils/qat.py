@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from . import affine, simulate, weights
 
-SCALES = ("learned", "observed")
+SCALES = ("mixed", "learned", "observed")
 SMALLEST = 2.0**-24  # of FP16, in which scales are stored
 AVERAGING = 0.05  # share of the newest batch in an observed range of activations
 
@@ -165,18 +165,18 @@ class WeightQuantizer(nn.Module):
 
 # Whole networks ----------------------------------------------------------------------------------------------------------
 
-SCALES = ("learned", "observed")
 
-
-def prepare(model, policy, calibration=None, *, scales="learned", mask=True, gradient_scale=None):
+def prepare(model, policy, calibration=None, *, scales="mixed", mask=True, gradient_scale=None):
     """Return a copy of `model` in training mode that rounds as `policy` says, and starts with the scales of `simulate.quantize`.
 
     Any network will do: each convolution and linear layer keeps its class; its weight gets a `WeightQuantizer` as
     parametrization, its input an `input_quantizer`. Batch norms stay and train; `policy.fold` says whether weights are
     rounded as if folded. `prepared.policy` is the policy.
 
-    calibration: batches of images for the first ranges of activations. scales: `"learned"` (LSQ) or `"observed"` (min-max of
-    weights, moving averages of activations). mask: of `StraightThrough`; gradient_scale: of `LearnedScale`, None for LSQ's.
+    calibration: batches of images for the first ranges of activations. scales: `"learned"` (LSQ), `"observed"` (min-max of
+    weights, moving averages of activations), or `"mixed"`: observed for weights of 8 bits and more, whose scales are so small
+    that a step of the optimizer moves them too far, and learned for everything else. mask: of `StraightThrough`;
+    gradient_scale: of `LearnedScale`, None for LSQ's.
 
     Raises `ValueError` for a network without convolution or linear layer, a layer name in `policy.layers` that there is not,
     and a calibration set that is needed and missing or empty.
@@ -190,24 +190,26 @@ def prepare(model, policy, calibration=None, *, scales="learned", mask=True, gra
     model = copy.deepcopy(model).eval()
     norms = weights.batch_norms(model) if policy.fold else {}
 
-    def quantizer(qparams, bits, count, symmetric, averaging):
-        if scales == "learned":
-            return LearnedScale(qparams, count=count, gradient_scale=gradient_scale)
-        return ObservedScale(qparams, bits, symmetric=symmetric, averaging=averaging, mask=mask)
+    def weight_quantizer(qparams, bits, w):
+        if scales == "observed" or (scales == "mixed" and bits >= 8):
+            return ObservedScale(qparams, bits, symmetric=policy.symmetric, averaging=1.0, mask=mask)
+        return LearnedScale(qparams, count=w.numel() // qparams.scale.numel(), gradient_scale=gradient_scale)
+
+    def input_quantizer(qparams, bits):
+        if scales == "observed":
+            return ObservedScale(qparams, bits, symmetric=False, averaging=AVERAGING, mask=mask)
+        return LearnedScale(qparams, gradient_scale=gradient_scale)
 
     for name, layer in weights.layers(model).items():
         weight_bits, activation_bits = bits[name]
         if weight_bits is not None:
             norm = model.get_submodule(norms[name]) if name in norms else None
             w = _times(layer.weight.detach(), _fold_factor(norm, layer.weight))
-            qparams = simulate.weight_qparams(w, policy, weight_bits)
-            count = w.numel() // qparams.scale.numel()
-            rounded = WeightQuantizer(quantizer(qparams, weight_bits, count, policy.symmetric, 1.0), norm)
-            parametrize.register_parametrization(layer, "weight", rounded)
+            rounded = weight_quantizer(simulate.weight_qparams(w, policy, weight_bits), weight_bits, w)
+            parametrize.register_parametrization(layer, "weight", WeightQuantizer(rounded, norm))
         if activation_bits is not None:
-            simulate.set_input_quantizer(
-                layer, quantizer(start[name].input_quantizer.qparams(), activation_bits, None, False, AVERAGING)
-            )
+            first = start[name].input_quantizer.qparams()
+            simulate.set_input_quantizer(layer, input_quantizer(first, activation_bits))
     model.policy = policy
     return model.train()
 
@@ -257,9 +259,8 @@ def convert(prepared):
     if model.policy.fold:
         model = weights.fold_batch_norm(model)
     for name, (w, qparams) in chosen.items():
-        stored = replace(
-            qparams, scale=qparams.scale.half().float().clamp(min=SMALLEST)
-        )  # the integers stay as trained
+        # The integers stay as trained.
+        stored = replace(qparams, scale=qparams.scale.half().float().clamp(min=SMALLEST))
         layer = weights.layers(model)[name]
         layer.weight = nn.Parameter(affine.dequantize(affine.quantize(w, qparams), stored))
         layer.weight_qparams = stored

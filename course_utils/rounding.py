@@ -188,9 +188,8 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
     images = _all_images(batches)
     if len(images) < 2:
         raise ValueError("AdaRound needs at least 2 images: some to learn from and others to measure on")
-    quantized = simulate.prepare(
-        model, policy
-    )  # still float32: the second pass rounds each layer as the images get there
+    # Still float32: the second pass rounds each layer as the images get there.
+    quantized = simulate.prepare(model, policy)
     bits = {name: b for name, (b, _) in policy.bits(quantized).items() if b is not None}
     targets, report = {}, []
 

@@ -229,7 +229,7 @@ def test_training_with_rounding_repairs_what_rounding_broke(scales, some, calibr
 
 
 def test_scales_learn_and_observed_ones_stand_still_when_frozen(some, calibration):
-    learned, observed = (qat.prepare(tiny(), W4A8, calibration, scales=scales) for scales in qat.SCALES)
+    learned, observed = (qat.prepare(tiny(), W4A8, calibration, scales=scales) for scales in ("learned", "observed"))
     for prepared, parameters in ((learned, True), (observed, False)):
         quantizer = prepared[6].input_quantizer
         assert isinstance(quantizer.scale, nn.Parameter) == parameters
@@ -247,6 +247,13 @@ def test_scales_learn_and_observed_ones_stand_still_when_frozen(some, calibratio
         assert seen[0][0] != seen[1][0]
         assert (seen[3][0] != seen[5][0]) == parameters
         assert torch.equal(seen[3][1], seen[5][1]) and not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_mixed_scales_are_learned_but_for_weights_of_8_bits(calibration):
+    prepared = qat.prepare(tiny(), Policy(weights=4, activations=8, first_last=8), calibration)
+    kinds = {name: type(layer.parametrizations.weight[0].quantizer) for name, layer in weights.layers(prepared).items()}
+    assert kinds == {"0": qat.ObservedScale, "3": qat.LearnedScale, "6": qat.ObservedScale}
+    assert all(type(layer.input_quantizer) is qat.LearnedScale for layer in weights.layers(prepared).values())
 
 
 def test_weights_are_rounded_as_they_will_be_when_the_batch_norm_is_folded():
@@ -296,7 +303,7 @@ def test_bad_input_is_refused_with_a_reason(model, policy, calibrated, message):
 
 
 def test_unknown_scales_and_foreign_networks_are_refused():
-    with pytest.raises(ValueError, match="learned, observed"):
+    with pytest.raises(ValueError, match="mixed, learned, observed"):
         qat.prepare(tiny(), Policy(weights=4), scales="guessed")
     with pytest.raises(ValueError, match="qat.prepare"):
         qat.convert(tiny())

@@ -184,6 +184,8 @@ def test_the_file_of_another_training_is_refused(some, tmp_path):
         training.finetune(tiny(), some, steps=5, resume=path, save_every=2, on_step=kill)
     with pytest.raises(ValueError, match=r"another training \(lr was 0.002, now 0.1\)"):
         training.finetune(tiny(), some, steps=5, lr=0.1, resume=path)
+    with pytest.raises(ValueError, match=r"another training \(policy was None, now W4 .*\)"):
+        training.finetune(own_qat(tiny()), some, steps=5, resume=path)
     assert path.exists()
 
 

@@ -34,7 +34,9 @@ CURVE = (10, 30, 100)  # steps of the shorter trainings, of MobileNetV2 at W4A8,
 
 FP32, PTQ = "FP32", "PTQ"  # not trained
 CONTROL, CONTROL_PTQ = "FP32 fine-tuned", "FP32 fine-tuned, then PTQ"
-STATISTICS, QAT, OBSERVED = "PTQ, batch norms re-estimated", "QAT", "QAT, observed scales"
+STATISTICS, QAT = "PTQ, batch norms re-estimated", "QAT"
+OBSERVED, LEARNED = "QAT, observed scales", "QAT, learned scales"  # at 8 bits, where it matters which are learned
+SCALES = {STATISTICS: "mixed", QAT: "mixed", OBSERVED: "observed", LEARNED: "learned"}
 # Where PTQ falls: how much comes back by fine-tuning without quantization, how much by batch-norm statistics alone.
 CONTROLLED = ("mobilenet_v2", W4A8)
 
@@ -71,7 +73,7 @@ def kinds(name, policy):
     """Return what is trained under `policy` besides the float32 control."""
     if (name, policy) == CONTROLLED:
         return CONTROL_PTQ, STATISTICS, QAT
-    return (QAT, OBSERVED) if policy == W8A8 else (QAT,)
+    return (QAT, OBSERVED, LEARNED) if policy == W8A8 else (QAT,)
 
 
 class Trainer:
@@ -89,9 +91,8 @@ class Trainer:
             model = self._control(arm, model)
         if arm.arm in (PTQ, CONTROL_PTQ):
             return simulate.quantize(model, arm.policy, self.calibration)
-        if arm.arm in (QAT, OBSERVED, STATISTICS):
-            scales = "observed" if arm.arm == OBSERVED else "learned"
-            model = qat.prepare(model, arm.policy, self.calibration, scales=scales)
+        if arm.arm in SCALES:
+            model = qat.prepare(model, arm.policy, self.calibration, scales=SCALES[arm.arm])
             # Without a learning rate nothing learns, but batch norms see the same images and follow them.
             self._finetune(model, arm, lr=0.0 if arm.arm == STATISTICS else LR)
             return qat.convert(model)
