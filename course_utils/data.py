@@ -58,9 +58,7 @@ def fashion_mnist(split, *, size=64):
         raise ValueError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"size must be a positive number of pixels, got {size!r}")
-    pixels, labels = _official("test" if split == "test" else "train")
-    images = Images(pixels, labels, size)
-    return images if split == "test" else images.subset(_split_indices(labels)[split])
+    return Images(*_splits("test" if split == "test" else "train")[split], size)
 
 
 class Batches:
@@ -124,6 +122,14 @@ def _split_indices(labels):
 
 
 @functools.lru_cache(maxsize=2)
+def _splits(part):
+    """Return split → `(pixels, labels)` of one official part; the splits are kept in memory, the part itself is not."""
+    pixels, labels = _official(part)
+    if part == "test":
+        return {"test": (pixels, labels)}
+    return {split: (pixels[chosen], labels[chosen]) for split, chosen in _split_indices(labels).items()}
+
+
 def _official(part):
     from torchvision.datasets import FashionMNIST
 

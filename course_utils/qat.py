@@ -34,9 +34,9 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, qmin, qmax, mask):
-        q = torch.round(x / scale) + zero_point
+        q = (x / scale).round_().add_(zero_point)
         ctx.save_for_backward((q >= qmin) & (q <= qmax) if mask else None)
-        return (q.clamp(qmin, qmax) - zero_point) * scale
+        return q.clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -77,7 +77,8 @@ class LearnedScale(nn.Module):
 
     qparams: where it starts. count: how many values of the weights share a scale; for activations, by default, what one image
     has of them. The gradient of a scale is a sum over all of them, so LSQ multiplies it by 1 / √(count · qmax), which keeps
-    the relative changes of scales and weights alike. gradient_scale: another factor than that.
+    the relative changes of scales and weights alike. gradient_scale: another factor than that. Called with `fold`, it rounds
+    `x` as if it were multiplied by that (`WeightQuantizer`); so does `ObservedScale`.
     """
 
     def __init__(self, qparams, *, count=None, gradient_scale=None):
@@ -86,13 +87,13 @@ class LearnedScale(nn.Module):
         self.register_buffer("zero_point", qparams.zero_point.float())
         self.like, self.count, self.gradient_scale = qparams, count, gradient_scale
 
-    def forward(self, x):
+    def forward(self, x, fold=None):
         factor = self.gradient_scale
         if factor is None:
             factor = ((self.count or x[0].numel()) * self.like.qmax) ** -0.5
         scale = self.scale.clamp(min=SMALLEST)  # a step of the optimizer could carry it below 0
         scale, zero_point = (affine.spread(p, x, self.like) for p in (scale, self.zero_point))
-        return LearnedStep.apply(x, scale, zero_point, self.like.qmin, self.like.qmax, factor)
+        return LearnedStep.apply(x, _over(scale, fold), zero_point, self.like.qmin, self.like.qmax, factor)
 
     def qparams(self):
         """Return the present `affine.QParams`."""
@@ -116,12 +117,12 @@ class ObservedScale(nn.Module):
         self.register_buffer("observing", torch.tensor(True))
         self.like, self.bits, self.symmetric, self.averaging, self.mask = qparams, bits, symmetric, averaging, mask
 
-    def forward(self, x):
+    def forward(self, x, fold=None):
         if self.training and self.observing:
             with contextlib.suppress(ValueError):  # no numbers any more: the range stays, and the loss will tell
-                self._observe(x.detach())
+                self._observe(_times(x.detach(), fold))
         scale, zero_point = (affine.spread(p, x, self.like) for p in (self.scale, self.zero_point))
-        return StraightThrough.apply(x, scale, zero_point, self.like.qmin, self.like.qmax, self.mask)
+        return StraightThrough.apply(x, _over(scale, fold), zero_point, self.like.qmin, self.like.qmax, self.mask)
 
     def _observe(self, x):
         shared = {"axis": self.like.axis, "group_size": self.like.group_size}
@@ -146,7 +147,8 @@ class WeightQuantizer(nn.Module):
 
     With a batch norm after the layer, weights are rounded as they will be once it is folded: times f = γ / √(σ² + ε) per
     output channel, and then divided by it, so that the batch norm finds what it expects (Krishnamoorthi 2018, arXiv
-    1806.08342, section 3.2.2). σ² is the running variance, and f a constant to the gradient.
+    1806.08342, section 3.2.2). To round w · f with a scale and divide by f is to round w with the scale / f. σ² is the running
+    variance, and f a constant to the gradient.
     """
 
     def __init__(self, quantizer, batch_norm=None):
@@ -155,8 +157,7 @@ class WeightQuantizer(nn.Module):
         self._batch_norm = (batch_norm,)  # in a tuple, because it is the network's, and no part of this
 
     def forward(self, w):
-        f = self.factor(w)
-        return self.quantizer(w) if f is None else self.quantizer(w * f) / f
+        return self.quantizer(w, self.factor(w))
 
     def factor(self, w):
         """Return f in a shape that broadcasts against the weights `w`, or None without a batch norm."""
@@ -269,6 +270,10 @@ def convert(prepared):
 
 def _times(w, factor):
     return w if factor is None else w * factor
+
+
+def _over(scale, factor):
+    return scale if factor is None else scale / factor
 
 
 @torch.no_grad()

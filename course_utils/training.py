@@ -80,7 +80,7 @@ def finetune(
     network = model
     if world > 1:
         network = nn.parallel.DistributedDataParallel(model, device_ids=None if device == "cpu" else [device])
-    kept = None
+    kept, kept_at = None, None
     for step in range(len(history), steps):
         if step >= round(freeze_at * steps):
             qat.freeze(model)
@@ -92,10 +92,10 @@ def finetune(
         mean = _mean(loss, world)
         if not math.isfinite(mean):
             if kept is not None:
-                model.load_state_dict(kept[1])
-            raise Diverged(mean, step, kept[0] if kept else step, lr)
+                model.load_state_dict(kept)
+            raise Diverged(mean, step, step if kept is None else kept_at, lr)
         if kept is None or step % KEEP_EVERY == 0:
-            kept = step, {key: value.clone() for key, value in model.state_dict().items()}
+            kept, kept_at = _copied(model.state_dict(), kept), step
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -117,6 +117,15 @@ def _draw(images, count, shift, generator):
     chosen = torch.randint(len(images), (count,), generator=generator)
     pixels = data.augment(images.pixels[chosen], shift, generator)
     return data.preprocess(pixels, images.size), images.labels[chosen]
+
+
+def _copied(state, into):
+    """Return a copy of `state`, in the memory of an earlier one if there is one."""
+    if into is None:
+        return {key: value.clone() for key, value in state.items()}
+    for key, value in state.items():
+        into[key].copy_(value)
+    return into
 
 
 def _mean(loss, world):

@@ -113,6 +113,6 @@ def tiny_data(tmp_path, monkeypatch):
                 "unpacked_sha256": hashlib.sha256(unpacked).hexdigest(),
             }
     (folder / files.MANIFEST).write_text(json.dumps(manifest))
-    data._official.cache_clear()
+    data._splits.cache_clear()
     yield folder
-    data._official.cache_clear()
+    data._splits.cache_clear()

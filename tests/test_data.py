@@ -141,7 +141,7 @@ def test_a_damaged_unpacked_file_heals_itself(tiny_data):
     whole = unpacked.read_bytes()
     for damaged in (whole[:100], whole[:-1] + bytes([whole[-1] ^ 1])):
         unpacked.write_bytes(damaged)
-        data._official.cache_clear()
+        data._splits.cache_clear()
         assert torch.equal(data.fashion_mnist("test").pixels, expected)
         assert unpacked.read_bytes() == whole
 

@@ -24,9 +24,9 @@ def folder(tmp_path, monkeypatch):
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, target) if path.suffix != ".json" else target.write_bytes(path.read_bytes())
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    data._official.cache_clear()
+    data._splits.cache_clear()
     yield tmp_path
-    data._official.cache_clear()
+    data._splits.cache_clear()
 
 
 def test_training_ends_in_a_packed_file_with_its_story(folder, monkeypatch):

@@ -183,7 +183,8 @@ def flatten(model):
 def rebuild(model, recipe, tensors, rest):
     """Return the stored model: the same graph made anew from the float module, then filled with the stored integers."""
     with _quietly(), torch.no_grad():
-        prepared = _prepare(model, rest["image_shape"], recipe | {"observer": "minmax"})
+        # Trained or not, the graph is the same, and this way to it is the short one.
+        prepared = _prepare(model, rest["image_shape"], recipe | {"kind": "static", "observer": "minmax"})
         prepared(_example(rest["image_shape"]))  # any range will do
         graph = _convert(prepared)
         names, ranges = _names(graph), _ranges(graph)

@@ -107,9 +107,7 @@ def _float_predictions(name, split, limit):
 def main():
     names = names_from_command_line(__doc__, MODELS, "networks to measure")
     jobs = [(name, policy, repairs, (bits,), "test", None) for name, repairs, policy, bits in HEADLINES]
-    jobs += [
-        (name, policy, repairs, ACTIVATIONS, "validation", VALIDATION_IMAGES) for name, repairs, policy in GRID
-    ]
+    jobs += [(name, policy, repairs, ACTIVATIONS, "validation", VALIDATION_IMAGES) for name, repairs, policy in GRID]
     done = {(r.model, str(r.policy), r.repair, r.split) for r in (read() if (files.data_dir() / FILE).exists() else ())}
     todo = [job for job in jobs if job[0] in names and not _wanted(*job) <= done]
     for job in (bar := tqdm(todo, unit="job")):
