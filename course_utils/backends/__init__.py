@@ -121,13 +121,14 @@ def quantize_dynamic(model):
 def quantize_static(model, calibration, *, engine=None, per_channel=True, observer="minmax", reduce_range=None):
     """Return an INT8 copy of `model`: folded, calibrated and converted to real integer kernels.
 
-    model: float32 module in evaluation mode that torch.fx (engines of torch.ao) or torch.export (all others) can trace. calibration: iterable of image tensors, or of
-    `(images, labels)` as `data.batches` yields them; labels are not used. engine: a name from `engines()`, by default the
-    best one here. per_channel: one weight scale per output channel instead of one per tensor. observer: how activation
-    ranges are chosen, `"minmax"` or `"histogram"` (the range of least squared error). reduce_range: give the calibrated range
-    of activations 7 bits (0..127) and leave the eighth as headroom, so that two products fit into 16 bits; None decides by
-    `needs_headroom`. False where that says True costs accuracy in some kernels: a lesson, not a setting. `"onnxruntime"` and
-    `"openvino"` take the bit from the weights instead. What else is an engine's own, its file says.
+    model: float32 module in evaluation mode that torch.fx (for torch's first four engines) or torch.export (for all others)
+    can trace. calibration: iterable of image tensors, or of `(images, labels)` as `data.batches` yields them; labels are not
+    used. engine: a name from `engines()`, by default the best one here. per_channel: one weight scale per output channel
+    instead of one per tensor. observer: how activation ranges are chosen, `"minmax"` or `"histogram"` (the range of least
+    squared error). reduce_range: give the calibrated range of activations 7 bits (0..127) and leave the eighth as headroom, so
+    that two products fit into 16 bits; None decides by `needs_headroom`. False where that says True costs accuracy in some
+    kernels: a lesson, not a setting. `"onnxruntime"` and `"openvino"` take the bit from the weights instead. What else is an
+    engine's own, its file says.
 
     Raises `ValueError` for an unknown engine or observer, one that the engine does not have, or an empty calibration set;
     `RuntimeError` when the engine does not run here.
@@ -183,8 +184,7 @@ def deploy(model, *, engine, precision="fp32", image_shape=(3, 64, 64)):
     if precision not in PRECISIONS[engine]:
         possible = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in PRECISIONS.items())
         raise ValueError(f"engine {engine!r} has no precision {precision!r} here. There are {possible}")
-    if hasattr(model, "meta") and "course_recipe" in model.meta:
-        raise ValueError(f"this model was made for engine {model.meta['course_recipe']['engine']!r}, and stays on it")
+    _check_not_made(model)
     simulated = _is_simulated(model)
     if simulated and precision != "int8":
         raise ValueError(f"this network rounds to few bits already: deploy it with precision='int8', not {precision!r}")
@@ -206,11 +206,7 @@ def export_onnx(model, path, *, image_shape=(3, 64, 64), opset=18):
     QuantizeLinear/DequantizeLinear pairs: the file that ONNX Runtime, OpenVINO and TensorRT read (see `export.to_onnx`).
     Raises `ValueError` for a network that ONNX has no integers for, `RuntimeError` without the packages onnx and onnxscript.
     """
-    if hasattr(model, "meta") and "course_recipe" in model.meta:
-        raise ValueError(
-            f"this model belongs to engine {model.meta['course_recipe']['engine']!r}: export the float network, or one of "
-            "simulate.quantize or qat.convert"
-        )
+    _check_not_made(model)
     from . import export
 
     content = export.to_onnx(model, tuple(image_shape), opset=opset)
@@ -282,8 +278,10 @@ def load(path, *, model=None):
     """Return the model stored by `save`, ready to call, with outputs identical to the saved one's.
 
     model: the float32 module it was made from (any weights), needed only for architectures that `course_utils.models` does
-    not know, and not at all for engines outside torch, whose files hold the whole network. Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed
-    byte, or a model that does not fit, `RuntimeError` when its engine does not run here.
+    not know, and not at all for engines outside torch, whose files hold the whole network.
+
+    Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed byte, or a model that
+    does not fit, `RuntimeError` when its engine does not run here.
     """
     facts, tensors = _read(path)
     recipe = facts["recipe"]
@@ -413,9 +411,20 @@ def _able(family, operation, engine):
     return family
 
 
+def _check_not_made(model):
+    made = getattr(model, "meta", {}).get("course_recipe")
+    if made is not None:
+        raise ValueError(
+            f"this model was made for engine {made['engine']!r} and stays there: pass the float network, or one of "
+            "simulate.quantize or qat.convert"
+        )
+
+
 def _is_simulated(model):
     """Return whether a network is one of `simulate.quantize` or `qat.convert`: it rounds weights or inputs of layers."""
-    return any(hasattr(m, "weight_qparams") or hasattr(m, "input_quantizer") for m in getattr(model, "modules", tuple)())
+    return any(
+        hasattr(m, "weight_qparams") or hasattr(m, "input_quantizer") for m in getattr(model, "modules", tuple)()
+    )
 
 
 def _recipe(kind, engine, per_channel, observer, reduce_range):

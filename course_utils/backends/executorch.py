@@ -5,6 +5,8 @@ the whole program, made for one image: several are run one after the other, as a
 had when the last model was made or loaded, for all models of the process share them.
 """
 
+import copy
+import importlib.metadata
 from dataclasses import replace
 
 import torch
@@ -13,8 +15,6 @@ from . import Engine, program
 
 # Importing it also imports torchao, which has something to say, and the processor's library prints what it did not find.
 with program.mute(), program.quietly("torch.utils._pytree", "torchao"):
-    import importlib.metadata
-
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
@@ -35,15 +35,15 @@ def engines():
 
 def quantize_static(model, calibration, recipe):
     """As `backends.quantize_static`; headroom, which these kernels do not need, would be 7 bits of the signed activations."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     first, batches = program.first_and_all(calibration)
     image_shape = tuple(first.shape[1:])
     with program.mute(), program.quietly(*CHATTY), torch.no_grad():
         quantizer = XNNPACKQuantizer().set_global(_config(recipe))
-        prepared = prepare_pt2e(_export(model, torch.zeros(2, *image_shape), any_number=True).module(), quantizer)
+        exported = _export(copy.deepcopy(model).eval(), torch.zeros(2, *image_shape), any_number=True)
+        prepared = prepare_pt2e(exported.module(), quantizer)
         for images in batches:
             prepared(images)
         content = _lower(convert_pt2e(prepared), image_shape)
@@ -52,7 +52,7 @@ def quantize_static(model, calibration, recipe):
 
 def deploy(model, precision, image_shape):
     with program.mute(), program.quietly(*CHATTY), torch.no_grad():
-        content = _lower(model, image_shape)
+        content = _lower(copy.deepcopy(model).eval(), image_shape)
     return _open(content, image_shape)
 
 
@@ -68,9 +68,8 @@ def _export(model, example, any_number=False):
 
 def _config(recipe):
     """Return XNNPACKQuantizer's configuration, with the observer asked for, and with headroom or without."""
-    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
-
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
+    from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
 
     low, high = (-64, 63) if recipe["reduce_range"] else (-128, 127)
     config = get_symmetric_quantization_config(is_per_channel=recipe["per_channel"], act_qmin=low, act_qmax=high)

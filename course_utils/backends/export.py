@@ -74,9 +74,10 @@ def to_onnx(model, image_shape, *, opset=OPSET):
         import onnx
         import onnxscript  # noqa: F401  torch.onnx.export needs it, and says so less plainly
     except ImportError as error:
-        from . import REMEDIES
-
-        raise RuntimeError(f"to write ONNX needs the packages onnx and onnxscript ({error}): {REMEDIES['onnxruntime']}")
+        raise RuntimeError(
+            f"to write ONNX takes the packages onnx and onnxscript ({error}): pip install 'squeeze-and-speed-up[onnxruntime]', "
+            "or make setup ENGINES=1"
+        ) from None
     exported = torch.onnx.export(
         explicit(model, opset).eval(),
         (torch.zeros(2, *image_shape),),

@@ -31,21 +31,21 @@ def needs_compiler():
 
 
 class Compiled(nn.Module):
-    """A traced network as programs of Inductor: images `(n, *image_shape)` → logits.
+    """A traced network as programs of Inductor: float32 images `(n, *image_shape)` → float32 logits, any n.
 
-    graph: what torch.export returns, as a module, for any number of images; it takes images of `dtype`. Two programs are made
-    when they are first needed, which takes up to a minute each: one for a single image, and one for any other number. They use
-    torch's threads as they were when this was made. Raises `ValueError` for images of another size or type, `RuntimeError`
-    when they cannot be compiled.
+    graph: what torch.export returns, as a module, for any number of images, of type `dtype`. A program is made when it is first
+    needed, in up to a minute: one for a single image, and one or two for all other numbers (oneDNN has other kernels from 16
+    images on). They use as many threads as torch had when this was made, oneDNN's kernels in them as many as torch has at the
+    call. Raises `ValueError` for images of another size or type, `RuntimeError` when they cannot be compiled.
     """
 
     def __init__(self, graph, image_shape, dtype=torch.float32, engine="inductor"):
         super().__init__()
         self.image_shape, self.dtype, self.engine, self.meta = tuple(image_shape), dtype, engine, {}
         self.options = {"freezing": True, "cpp.threads": torch.get_num_threads()}
-        # In a tuple, because exported graphs refuse the train() and eval() that would reach them as submodules.
-        self.programs = tuple(torch.compile(graph, fullgraph=True) for _ in ("one image", "several"))
-        self.compiled = set()
+        # Without the hooks of exported graphs, which look at every input once more. And in a tuple, for others refuse eval().
+        self.compiled = (torch.compile(torch.fx.GraphModule(graph, graph.graph), fullgraph=True),)
+        self.seen = set()
         self.eval()
 
     @torch.no_grad()
@@ -54,14 +54,13 @@ class Compiled(nn.Module):
         from torch._inductor import config
 
         program.check(images, self.image_shape, self.engine)
-        images = images.detach().to(self.dtype, memory_format=torch.channels_last)
-        several = len(images) > 1
-        if several:
+        images, n = images.detach().to(self.dtype, memory_format=torch.channels_last), len(images)
+        if n > 1:
             mark_dynamic(images, 0)
-        # At every call, because a program is made anew when torch's threads change.
-        with config.patch(self.options), contextlib.nullcontext() if several in self.compiled else _explained():
-            logits = self.programs[several](images).float()
-        self.compiled.add(several)
+        # The options at every call, because a program may have to be made at any.
+        with config.patch(self.options), contextlib.nullcontext() if n in self.seen else _explained():
+            logits = self.compiled[0](images).float()
+        self.seen.add(n)
         return logits
 
 

@@ -11,6 +11,7 @@ loaded, one stream, and the precision that was asked for: by itself OpenVINO wou
 """
 
 import contextlib
+import copy
 import os
 import tempfile
 from pathlib import Path
@@ -72,7 +73,9 @@ def _convert(model, image_shape):
     """Return a float network as OpenVINO's, for any number of images."""
     example = (torch.zeros(2, *image_shape),)
     with _untracked(), program.quietly(), torch.no_grad():
-        exported = torch.export.export(model.eval(), example, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        exported = torch.export.export(
+            copy.deepcopy(model).eval(), example, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
+        )
         network = openvino.convert_model(exported)
     network.reshape([-1, *image_shape])
     return network
@@ -87,7 +90,9 @@ def _content(network):
 
 
 def _open(content, image_shape, precision):
-    weights = openvino.Tensor(torch.frombuffer(bytearray(content["bin"]), dtype=torch.uint8).numpy(), shared_memory=False)
+    weights = openvino.Tensor(
+        torch.frombuffer(bytearray(content["bin"]), dtype=torch.uint8).numpy(), shared_memory=False
+    )
     core = openvino.Core()
     compiled = core.compile_model(
         core.read_model(content["xml"], weights),

@@ -1,4 +1,4 @@
-"""A network inside a runtime outside torch: the bytes of its file, and a callable, images → logits; and what such engines share."""
+"""What engines outside torch share: a network as the bytes of its file and a callable, images → logits."""
 
 import contextlib
 import logging
