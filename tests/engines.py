@@ -199,7 +199,9 @@ class Contract:
         images = torch.cat([x for x, _ in data.batches(data.fashion_mnist("test"), 50, limit=200)])
         with torch.no_grad():
             expected = model(images)
+        before = float_bytes()
         int8 = backends.quantize_static(model, calibration, engine=self.engine)
+        assert float_bytes() - before < 2**20, "a float copy of the network stayed behind"
         found = torch.cat([int8(part) for part in images.split(50)])
         assert relative_error(found, expected) < 0.06
         assert (found.argmax(1) == expected.argmax(1)).double().mean() >= 0.97

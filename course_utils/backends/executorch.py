@@ -40,7 +40,7 @@ def quantize_static(model, calibration, recipe):
 
     first, batches = program.first_and_all(calibration)
     image_shape = tuple(first.shape[1:])
-    with program.mute(), program.quietly(*CHATTY), torch.no_grad():
+    with program.mute(), program.making(*CHATTY), torch.no_grad():
         quantizer = XNNPACKQuantizer().set_global(_config(recipe))
         exported = _export(copy.deepcopy(model).eval(), torch.zeros(2, *image_shape), any_number=True)
         prepared = prepare_pt2e(exported.module(), quantizer)
@@ -51,7 +51,7 @@ def quantize_static(model, calibration, recipe):
 
 
 def deploy(model, precision, image_shape):
-    with program.mute(), program.quietly(*CHATTY), torch.no_grad():
+    with program.mute(), program.making(*CHATTY), torch.no_grad():
         content = _lower(copy.deepcopy(model).eval(), image_shape)
     return _open(content, image_shape)
 

@@ -36,7 +36,7 @@ def quantize_static(model, calibration, recipe):
         )
     first, batches = program.first_and_all(calibration)
     image_shape = tuple(first.shape[1:])
-    with tempfile.TemporaryDirectory() as folder, program.quietly("root"):
+    with tempfile.TemporaryDirectory() as folder, program.making("root"):
         plain, prepared, quantized = (Path(folder) / f"{name}.onnx" for name in ("plain", "prepared", "quantized"))
         plain.write_bytes(export.to_onnx(model, image_shape))
         quant_pre_process(plain, prepared)

@@ -36,7 +36,7 @@ def quantize_static(model, calibration, recipe):
     first, batches = program.first_and_all(calibration)
     image_shape = tuple(first.shape[1:])
     network = _convert(model, image_shape)
-    with _untracked(), program.quietly("nncf", "torch.utils.cpp_extension"), contextlib.redirect_stdout(None):
+    with _untracked(), program.making("nncf", "torch.utils.cpp_extension"), contextlib.redirect_stdout(None):
         nncf = _nncf()
         from nncf.quantization import advanced_parameters as advanced
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -72,7 +72,7 @@ def rebuild(model, recipe, tensors, rest):
 def _convert(model, image_shape):
     """Return a float network as OpenVINO's, for any number of images."""
     example = (torch.zeros(2, *image_shape),)
-    with _untracked(), program.quietly(), torch.no_grad():
+    with _untracked(), program.making(), torch.no_grad():
         exported = torch.export.export(
             copy.deepcopy(model).eval(), example, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)
         )

@@ -1,6 +1,7 @@
 """What engines outside torch share: a network as the bytes of its file and a callable, images → logits."""
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -9,6 +10,12 @@ import warnings
 
 import torch
 from torch import nn
+
+# They remember the device of each network by the network itself.
+UNIQUE_DEVICE = {
+    "torchao.utils": "_assert_and_get_unique_device",
+    "torch.ao.quantization.fx.utils": "assert_and_get_unique_device",
+}
 
 
 class Program(nn.Module):
@@ -85,6 +92,26 @@ def quietly(*loggers):
     finally:
         for logger, level in zip(found, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def making(*loggers):
+    """Be `quietly`, and let go of the copies of the network that torch and torchao keep of each export and conversion."""
+    before = set(_export_globals())
+    with quietly(*loggers):
+        try:
+            yield
+        finally:
+            for name in [name for name in _export_globals().keys() - before if name.startswith("__compiled_fn_")]:
+                del _export_globals()[name]
+            for module, name in UNIQUE_DEVICE.items():
+                with contextlib.suppress(AttributeError, KeyError):  # private functions, which may go
+                    getattr(sys.modules[module], name).cache_clear()
+            gc.collect()  # graphs hold reference cycles
+
+
+def _export_globals():
+    return getattr(sys.modules.get("torch._dynamo.functional_export"), "__dict__", {})
 
 
 @contextlib.contextmanager

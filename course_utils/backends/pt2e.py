@@ -7,14 +7,9 @@ Engine `"pt2e"` puts the kernels into the graph, which Python then runs. `"pt2e-
 makes one program of what is between them, and needs a C++ compiler. The numbers are the same.
 """
 
-import contextlib
 import copy
-import gc
 import importlib.metadata
-import logging
 import operator
-import sys
-import warnings
 
 import torch
 from torch import nn
@@ -26,42 +21,10 @@ from .. import affine, cpu
 from ..integer import Step
 from . import PREPARED, Engine, inductor, program
 
-# They remember the device of each network by the network itself.
-UNIQUE_DEVICE = {
-    "torchao.utils": "_assert_and_get_unique_device",
-    "torch.ao.quantization.fx.utils": "assert_and_get_unique_device",
-}
 
-
-@contextlib.contextmanager
 def _quietly():
-    """Keep away the warnings and log lines of libraries that a learner can do nothing about."""
-    chatty = [logging.getLogger(name) for name in ("torch.utils._pytree", "torchao")]
-    levels, before = [logger.level for logger in chatty], set(_export_globals())
-    for logger in chatty:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
-        _forget(_export_globals().keys() - before)
-
-
-def _forget(names):
-    """Let go of the copies of the network that torch and torchao keep: of each export, and as keys of two caches."""
-    for name in [name for name in names if name.startswith("__compiled_fn_")]:
-        del _export_globals()[name]
-    for module, name in UNIQUE_DEVICE.items():
-        with contextlib.suppress(AttributeError, KeyError):  # private functions, which may go
-            getattr(sys.modules[module], name).cache_clear()
-    gc.collect()  # graphs hold reference cycles
-
-
-def _export_globals():
-    return getattr(sys.modules.get("torch._dynamo.functional_export"), "__dict__", {})
+    """Keep away what libraries have to say that a learner can do nothing about, and the copies of the network they keep."""
+    return program.making("torch.utils._pytree", "torchao")
 
 
 with _quietly():
