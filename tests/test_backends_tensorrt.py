@@ -44,7 +44,7 @@ def test_with_a_gpu_only_the_package_is_missing(monkeypatch):
 
 
 def test_it_is_given_signed_integers_without_zero_points(block, calibration, images):
-    network = tensorrt.simulate_symmetric(block, calibration, recipe())
+    network = tensorrt.simulate_symmetric(block, [x for x, _ in calibration], recipe())
     tensorrt.check_symmetric(network)
     assert network.image_shape == (3, 32, 32)
     with torch.no_grad():
@@ -55,7 +55,7 @@ def test_it_is_given_signed_integers_without_zero_points(block, calibration, ima
 def test_ranges_it_has_no_counterpart_for_are_refused(block, calibration):
     for options in ({"observer": "histogram"}, {"reduce_range": True}):
         with pytest.raises(ValueError, match="takes observer='minmax' on all 8 bits"):
-            tensorrt.simulate_symmetric(block, calibration, recipe(**options))
+            tensorrt.simulate_symmetric(block, [x for x, _ in calibration], recipe(**options))
 
 
 def test_unsigned_activations_are_refused_with_what_to_do(block, calibration, monkeypatch):
