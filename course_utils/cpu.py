@@ -44,6 +44,11 @@ def flags():
     return {"AVX2": {"avx2"}, "AVX512": {"avx2", "avx512f"}}.get(torch.backends.cpu.get_cpu_capability(), set())
 
 
+def is_x86():
+    """Return whether this is a 64-bit x86 processor."""
+    return platform.machine().lower() in ("x86_64", "amd64")
+
+
 def has_vnni():
     """Return whether an x86 processor sums INT8 products straight into INT32 (else kernels may saturate at 16 bits)."""
     return bool(flags() & {"avx512_vnni", "avx_vnni"})

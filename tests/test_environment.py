@@ -47,6 +47,11 @@ def test_every_dependency_is_pinned_within_its_range(lines, lock):
             assert version(pin) in wanted.specifier, f"{pin} is outside {wanted}: run `make lock`"
 
 
+def test_one_extra_holds_all_engines_that_run_on_a_cpu():
+    single = {line for name in ("onnxruntime", "openvino", "executorch") for line in EXTRAS[name]}
+    assert set(EXTRAS["engines"]) == single | {line for line in EXTRAS["test"] if line.startswith("torchao")}
+
+
 def test_torch_is_in_its_own_file_alone():
     assert set(pins(TORCH)) == {"torch", "torchvision"}
     assert not set(pins(TORCH)) & (set(pins(LOCK)) | set(pins(ENGINES_LOCK)))

@@ -1,4 +1,4 @@
-"""The real integer kernels behind one small interface.
+"""The real integer kernels, and the float ones to compare them with, behind one small interface.
 
 Each engine family lives in one file of this folder and can be removed by deleting it; an engine that is absent or broken
 here is a sentence in `engines()`, never a crash at import. A quantized model is an ordinary callable, images → logits.
@@ -12,9 +12,42 @@ from dataclasses import dataclass
 from .. import cpu, files
 
 FORMAT = "squeeze-int8-2"
-FAMILIES = {"torch_ao": ("onednn", "x86", "fbgemm", "qnnpack"), "pt2e": ("pt2e",)}
-REMEDIES = {"pt2e": "it needs torchao in a version made for this torch (make setup ENGINES=1)"}
+# File of this folder → the engines it holds.
+FAMILIES = {
+    "torch_ao": ("onednn", "x86", "fbgemm", "qnnpack"),
+    "pt2e": ("pt2e", "pt2e-inductor"),
+    "eager": ("torch",),
+    "inductor": ("inductor",),
+    "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
+    "executorch": ("executorch",),
+    "tensorrt": ("tensorrt",),
+}
+# Engine → the precisions that `deploy` has on it: "int8" for networks that are quantized already, the rest for float ones.
+PRECISIONS = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "inductor": ("fp32", "bf16"),
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "bf16", "int8"),
+    "executorch": ("fp32",),
+    "tensorrt": ("fp32", "int8"),
+}
+FLOAT_ONLY = ("torch", "inductor")
+INSTALL = "pip install 'squeeze-and-speed-up[{}]', or make setup ENGINES=1 for all of them"
+REMEDIES = {
+    "pt2e": "it needs torchao in a version made for this torch (make setup ENGINES=1)",
+    **{name: INSTALL.format(name) for name in ("onnxruntime", "openvino", "executorch")},
+    "tensorrt": "not run here; on a machine with an NVIDIA GPU: pip install 'squeeze-and-speed-up[tensorrt]'",
+}
 PREPARED = "qat, not converted"
+DEPLOYED = "deployed"
+# Operation of a family → what to say where it is missing.
+CANNOT = {
+    "quantize_static": "engine {engine} runs float networks only: use deploy, or quantize for another engine",
+    "prepare_qat": "engine {engine} does not train: train with course_utils.qat, convert, and deploy that on it",
+    "steps": "engine {engine} is a runtime of its own that does not show its integers: quantize with one of torch's",
+    "flatten": "engine {engine} has no file of its own: save the float network, and deploy it again",
+}
 OBSERVERS = ("minmax", "histogram")
 # What a layer does besides its weights: two networks with the same weights may differ in these.
 GEOMETRY = (
@@ -36,7 +69,8 @@ def engines(*families):
     """Return a list of `Engine`: what runs on this machine and why the rest does not.
 
     families: only those of `FAMILIES`, all of them by default. The answer comes from loading each family, so the first call
-    takes seconds, and some 300 MB, where torchao is installed.
+    takes seconds, and some 300 MB, where torchao or ExecuTorch is installed; a package that is missing costs nothing.
+    Engines `"torch"` and `"inductor"` run float networks only (`deploy`), all others INT8.
     """
     return [engine for family in families or FAMILIES for engine in _family_engines(family)]
 
@@ -54,19 +88,25 @@ def default_engine():
     for name in preferred:
         if name in found and found[name].runs:
             return name
-    raise RuntimeError("no integer engine runs on this machine: " + "; ".join(f"{e.name}: {e.why}" for e in engines()))
+    reasons = "; ".join(f"{e.name}: {e.why}" for e in engines() if e.name not in FLOAT_ONLY)
+    raise RuntimeError(f"no integer engine runs on this machine by default: {reasons}")
 
 
 def needs_headroom(engine):
     """Return whether 8-bit sums of `engine` may overflow 16 bits on this machine: what `reduce_range=None` stands for.
 
     The instruction vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits, saturated. oneDNN (`"onednn"`,
-    `"pt2e"`) uses it where VNNI is absent. fbgemm's depthwise kernels use it on *every* x86 processor, for pairs of
-    neighbouring taps, and `"x86"` hands fbgemm each convolution of more than 100 groups. `"qnnpack"` never does.
+    `"pt2e"`, `"pt2e-inductor"`) uses it where VNNI is absent. ONNX Runtime does on x86 without VNNI (its page "Quantize ONNX
+    models": unsigned activations with signed weights), and so does OpenVINO, which builds on oneDNN (NNCF's option
+    `overflow_fix`). fbgemm's depthwise kernels use it on *every* x86 processor, for pairs of neighbouring taps, and `"x86"`
+    hands fbgemm each convolution of more than 100 groups. `"qnnpack"` and `"executorch"` (XNNPACK, whose kernels widen bytes to
+    16 bits before they multiply) never do, nor does a GPU.
     """
     if engine in ("x86", "fbgemm"):
         return True
-    return engine in ("onednn", "pt2e") and not cpu.has_vnni()
+    if engine in ("onnxruntime", "openvino"):
+        return cpu.is_x86() and not cpu.has_vnni()
+    return engine in ("onednn", "pt2e", "pt2e-inductor") and not cpu.has_vnni()
 
 
 def quantize_dynamic(model):
@@ -81,18 +121,21 @@ def quantize_dynamic(model):
 def quantize_static(model, calibration, *, engine=None, per_channel=True, observer="minmax", reduce_range=None):
     """Return an INT8 copy of `model`: folded, calibrated and converted to real integer kernels.
 
-    model: float32 module in evaluation mode that torch.fx can trace. calibration: iterable of image tensors, or of
-    `(images, labels)` as `data.batches` yields them; labels are not used. engine: a name from `engines()`, by default the
-    best one here. per_channel: one weight scale per output channel instead of one per tensor. observer: how activation
-    ranges are chosen, `"minmax"` or `"histogram"` (the range of least squared error). reduce_range: give the calibrated range
-    of activations 7 bits (0..127) and leave the eighth as headroom, so that two products fit into 16 bits; None decides by
-    `needs_headroom`. False where that says True costs accuracy in some kernels: a lesson, not a setting.
+    model: float32 module in evaluation mode that torch.fx (for torch's first four engines) or torch.export (for all others)
+    can trace. calibration: iterable of image tensors, or of `(images, labels)` as `data.batches` yields them; labels are not
+    used. engine: a name from `engines()`, by default the best one here. per_channel: one weight scale per output channel
+    instead of one per tensor. observer: how activation ranges are chosen, `"minmax"` or `"histogram"` (the range of least
+    squared error). reduce_range: give the calibrated range of activations 7 bits (0..127) and leave the eighth as headroom, so
+    that two products fit into 16 bits; None decides by `needs_headroom`. False where that says True costs accuracy in some
+    kernels: a lesson, not a setting. `"onnxruntime"` and `"openvino"` take the bit from the weights instead. What else is an
+    engine's own, its file says.
 
-    Raises `ValueError` for an unknown engine or observer, or an empty calibration set; `RuntimeError` when the engine does
-    not run here.
+    Raises `ValueError` for an unknown engine or observer, one that the engine does not have, or an empty calibration set;
+    `RuntimeError` when the engine does not run here.
     """
     recipe = _recipe("static", engine, per_channel, observer, reduce_range)
-    converted = _family(recipe["engine"]).quantize_static(model, _images(calibration), recipe)
+    family = _able(_family(recipe["engine"]), "quantize_static", recipe["engine"])
+    converted = family.quantize_static(model, _images(calibration), recipe)
     return _tag(converted, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
@@ -101,9 +144,11 @@ def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None, imag
 
     Batch norms are fused into the convolutions in their trainable form, so they go on learning. Turn it into integers with
     `convert_qat`. image_shape: of one image; engine `"pt2e"` takes no other. The rest is as in `quantize_static`.
+    Raises `ValueError` for an engine that cannot train: what `course_utils.qat` trains can be `deploy`ed on those.
     """
     recipe = _recipe(PREPARED, engine, per_channel, "minmax", reduce_range)
-    prepared = _family(recipe["engine"]).prepare_qat(model, recipe, image_shape)
+    family = _able(_family(recipe["engine"]), "prepare_qat", recipe["engine"])
+    prepared = family.prepare_qat(model, recipe, image_shape)
     return _tag(prepared, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
@@ -119,12 +164,63 @@ def convert_qat(model):
     return _tag(_family(recipe["engine"]).convert_qat(model, recipe), recipe, model.meta["course_layers"])
 
 
+def deploy(model, *, engine, precision="fp32", image_shape=(3, 64, 64)):
+    """Return `model` on another engine: callable, float32 images `(n, *image_shape)` → float32 logits, any n.
+
+    engine and precision: a pair of `PRECISIONS`. With `"fp32"`, `"bf16"` and `"fp16"`, model is a float32 module in evaluation
+    mode, which is left as it is: what quantized models of the same engine have to be compared with. With `"int8"` it is a
+    network of `simulate.quantize` or `qat.convert` with 8 bits for all weights and activations, whose very integers the
+    engine gets (`export_onnx`); they have no headroom where `needs_headroom` asks for it. image_shape: of one image; most
+    engines take no other afterwards.
+
+    In all of them batch norms are folded (`weights.fold_batch_norm`, or by the engine itself), memory is laid out as the
+    engine likes it best, and gradients are off. `"torch"` is eager torch; `"inductor"` is torch.compile with frozen weights,
+    which needs a C++ compiler and takes up to a minute to compile.
+
+    Raises `ValueError` for an unknown engine, a precision it does not have, or a network that does not fit the precision;
+    `RuntimeError` when the engine does not run here.
+    """
+    if engine not in PRECISIONS:
+        raise ValueError(f"unknown engine {engine!r}: deploy has {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS[engine]:
+        possible = "; ".join(f"{name}: {', '.join(precisions)}" for name, precisions in PRECISIONS.items())
+        raise ValueError(f"engine {engine!r} has no precision {precision!r} here. There are {possible}")
+    _check_not_made(model)
+    simulated = _is_simulated(model)
+    if simulated and precision != "int8":
+        raise ValueError(f"this network rounds to few bits already: deploy it with precision='int8', not {precision!r}")
+    if precision == "int8" and not simulated:
+        raise ValueError(
+            f"precision 'int8' is for networks of simulate.quantize or qat.convert; from a float one engine {engine!r} makes "
+            "integers by itself: quantize_static(model, calibration, engine=...)"
+        )
+    image_shape = tuple(image_shape)
+    recipe = {"kind": DEPLOYED, "engine": engine, "precision": precision}
+    deployed = _family(engine).deploy(model, precision, image_shape)
+    return _tag(deployed, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
+
+
+def export_onnx(model, path, *, image_shape=(3, 64, 64), opset=18):
+    """Write `model` to `path` as ONNX, for any number of images of `image_shape`, and return the bytes written.
+
+    model: a float32 module, or a network of `simulate.quantize` or `qat.convert`, whose roundings become explicit
+    QuantizeLinear/DequantizeLinear pairs: the file that ONNX Runtime, OpenVINO and TensorRT read (see `export.to_onnx`).
+    Raises `ValueError` for a network that ONNX has no integers for, `RuntimeError` without the packages onnx and onnxscript.
+    """
+    _check_not_made(model)
+    from . import export
+
+    content = export.to_onnx(model, tuple(image_shape), opset=opset)
+    with files.replacing(path) as partial:
+        return partial.write_bytes(content)
+
+
 def integers(model, images):
     """Return the 8-bit integers that every step of a quantized model computes on `images`: a dict of name → tensor.
 
     The names are those of `integer.IntegerModel(model).steps`, so that a learner can compare layer by layer.
-    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make, or one of engine `"pt2e"`, which
-    keeps some sums unrounded.
+    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make, one of engine `"pt2e"`, which
+    keeps some sums unrounded, or one of an engine outside torch, which does not show its integers.
     """
     recipe = _static_recipe(model)
     _integer_steps(model)
@@ -135,37 +231,42 @@ def reference(model):
     """Return a quantized model in float arithmetic, a `FloatModel`: callable, images → logits, without any kernel.
 
     It has the same weights (dequantized) and rounds activations to the same values, so whatever a kernel does differently by
-    more than a rounding is the kernel's doing, not quantization's. Serves all engines.
-    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make, or with an operation that
-    `integer.Step` cannot describe.
+    more than a rounding is the kernel's doing, not quantization's. Serves all engines of torch.
+    Raises `ValueError` for a model that `quantize_static` or `convert_qat` did not make, with an operation that
+    `integer.Step` cannot describe, or of an engine outside torch.
     """
     from .float_model import FloatModel
 
-    return FloatModel(_family(_static_recipe(model)["engine"]).steps(model))
+    return FloatModel(_steps(model))
 
 
 def recipe_of(model):
-    """Return how a quantized model was made: a dict of kind, engine, per_channel, observer, reduce_range, architecture."""
+    """Return how a model was made: a dict of kind, engine, per_channel, observer, reduce_range, architecture.
+
+    Of a deployed one: kind, engine, precision, architecture.
+    """
     try:
         return model.meta["course_recipe"]
     except (AttributeError, KeyError):
         raise ValueError(
-            f"this {type(model).__name__} was not made by quantize_dynamic, quantize_static or prepare_qat"
+            f"this {type(model).__name__} was not made by quantize_dynamic, quantize_static, prepare_qat or deploy"
         ) from None
 
 
 def save(model, path):
-    """Write a quantized model to `path` and return the bytes written.
+    """Write a quantized or deployed model to `path` and return the bytes written.
 
     The file is safetensors: INT8 weights, float32 scales, and in its metadata how the model was made, with a checksum of all
-    of it. No code is stored and none is run on loading. Raises `ValueError` for a model that this package did not quantize.
+    of it. Engines outside torch have files of their own (ONNX, OpenVINO IR, .pte), of which it holds the bytes. No code is
+    stored and none is run on loading. Raises `ValueError` for a model that this package did not make, and one deployed on
+    torch itself, which has no other file than the weights.
     """
     from safetensors.torch import save_file
 
     recipe = recipe_of(model)
     if recipe["kind"] == PREPARED:
         raise ValueError("this model still trains in float: turn it into integers with convert_qat before saving")
-    tensors, rest = _family(recipe["engine"]).flatten(model)
+    tensors, rest = _able(_family(recipe["engine"]), "flatten", recipe["engine"]).flatten(model)
     facts = {"format": FORMAT, "recipe": recipe, "layers": model.meta["course_layers"], "rest": rest}
     # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
     metadata = {"course": json.dumps(facts | {"sha256": _checksum(facts, tensors)})}
@@ -175,14 +276,18 @@ def save(model, path):
 
 
 def load(path, *, model=None):
-    """Return the quantized model stored by `save`, ready to call, with outputs identical to the saved one's.
+    """Return the model stored by `save`, ready to call, with outputs identical to the saved one's.
 
     model: the float32 module it was made from (any weights), needed only for architectures that `course_utils.models` does
-    not know. Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed
-    byte, or a model that does not fit, `RuntimeError` when its engine does not run here.
+    not know, and not at all for engines outside torch, whose files hold the whole network.
+
+    Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed byte, or a model that
+    does not fit, `RuntimeError` when its engine does not run here.
     """
     facts, tensors = _read(path)
     recipe = facts["recipe"]
+    if getattr(family := _family(recipe["engine"]), "SELF_CONTAINED", False):
+        return _tag(family.rebuild(None, recipe, tensors, facts["rest"]), recipe, facts["layers"])
     if model is None:
         if recipe["architecture"] is None:
             raise ValueError(
@@ -192,7 +297,7 @@ def load(path, *, model=None):
 
         model = models.build(**recipe["architecture"])
     _check_layers(model, facts["layers"])
-    converted = _family(recipe["engine"]).rebuild(model, recipe, tensors, facts["rest"])
+    converted = family.rebuild(model, recipe, tensors, facts["rest"])
     return _tag(converted, recipe, facts["layers"])
 
 
@@ -285,8 +390,7 @@ def _static_recipe(model):
 
 def _integer_steps(model):
     """Return the steps of a model for `integer.IntegerModel`, which rounds after each."""
-    engine = recipe_of(model)["engine"]
-    steps = _family(engine).steps(model)
+    engine, steps = recipe_of(model)["engine"], _steps(model)
     unrounded = next((step.name for step in steps[:-1] if step.output is None), None)
     if unrounded is not None:
         raise ValueError(
@@ -294,6 +398,34 @@ def _integer_steps(model):
             "course_utils.integer: backends.reference(model) runs it, or quantize with another engine"
         )
     return steps
+
+
+def _steps(model):
+    engine = _static_recipe(model)["engine"]
+    return _able(_family(engine), "steps", engine).steps(model)
+
+
+def _able(family, operation, engine):
+    """Return `family`, or say why it has no such operation and what has."""
+    if not hasattr(family, operation):
+        raise ValueError(CANNOT[operation].format(engine=repr(engine)))
+    return family
+
+
+def _check_not_made(model):
+    made = getattr(model, "meta", {}).get("course_recipe")
+    if made is not None:
+        raise ValueError(
+            f"this model was made for engine {made['engine']!r} and stays there: pass the float network, or one of "
+            "simulate.quantize or qat.convert"
+        )
+
+
+def _is_simulated(model):
+    """Return whether a network is one of `simulate.quantize` or `qat.convert`: it rounds weights or inputs of layers."""
+    return any(
+        hasattr(m, "weight_qparams") or hasattr(m, "input_quantizer") for m in getattr(model, "modules", tuple)()
+    )
 
 
 def _recipe(kind, engine, per_channel, observer, reduce_range):

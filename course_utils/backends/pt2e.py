@@ -1,18 +1,15 @@
-"""INT8 by torchao's PT2E flow: torch.export, X86InductorQuantizer, and oneDNN kernels put into the graph, no compiler needed.
+"""INT8 by torchao's PT2E flow: torch.export, X86InductorQuantizer, and oneDNN kernels in the place of what it quantized.
 
 The successor of torch.ao's flow, and the same kernels as engine `"onednn"`, but an addition and a last linear layer take the
 unrounded sums of a convolution. A model is made for one size of images and any number of them.
+
+Engine `"pt2e"` puts the kernels into the graph, which Python then runs. `"pt2e-inductor"` lets torch.compile do it, which also
+makes one program of what is between them, and needs a C++ compiler. The numbers are the same.
 """
 
-import contextlib
 import copy
-import gc
 import importlib.metadata
-import logging
 import operator
-import platform
-import sys
-import warnings
 
 import torch
 from torch import nn
@@ -20,46 +17,14 @@ from torch._export.utils import _is_cia_op
 from torch._inductor.constant_folding import constant_fold
 from torch._inductor.fx_passes.freezing_patterns import freezing_passes
 
-from .. import affine
+from .. import affine, cpu
 from ..integer import Step
-from . import PREPARED, Engine
-
-# They remember the device of each network by the network itself.
-UNIQUE_DEVICE = {
-    "torchao.utils": "_assert_and_get_unique_device",
-    "torch.ao.quantization.fx.utils": "assert_and_get_unique_device",
-}
+from . import PREPARED, Engine, inductor, program
 
 
-@contextlib.contextmanager
 def _quietly():
-    """Keep away the warnings and log lines of libraries that a learner can do nothing about."""
-    chatty = [logging.getLogger(name) for name in ("torch.utils._pytree", "torchao")]
-    levels, before = [logger.level for logger in chatty], set(_export_globals())
-    for logger in chatty:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(chatty, levels, strict=True):
-            logger.setLevel(level)
-        _forget(_export_globals().keys() - before)
-
-
-def _forget(names):
-    """Let go of the copies of the network that torch and torchao keep: of each export, and as keys of two caches."""
-    for name in [name for name in names if name.startswith("__compiled_fn_")]:
-        del _export_globals()[name]
-    for module, name in UNIQUE_DEVICE.items():
-        with contextlib.suppress(AttributeError, KeyError):  # private functions, which may go
-            getattr(sys.modules[module], name).cache_clear()
-    gc.collect()  # graphs hold reference cycles
-
-
-def _export_globals():
-    return getattr(sys.modules.get("torch._dynamo.functional_export"), "__dict__", {})
+    """Keep away what libraries have to say that a learner can do nothing about, and the copies of the network they keep."""
+    return program.making("torch.utils._pytree", "torchao")
 
 
 with _quietly():
@@ -84,12 +49,18 @@ RANGES = "activations"  # the tensors in a file that hold all scales and zero po
 
 
 def engines():
-    """Return the one engine of this family, and why it does not run here."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return [Engine("pt2e", False, "its quantizer is made for x86 processors")]
+    """Return the two engines of this family, with the reason for each that does not run here."""
+    return [Engine("pt2e", *_runs()), Engine("pt2e-inductor", *_runs(compiled=True))]
+
+
+def _runs(compiled=False):
+    if not cpu.is_x86():
+        return False, "its quantizer is made for x86 processors"
     if not torch.backends.mkldnn.is_available():
-        return [Engine("pt2e", False, "this build of torch has no oneDNN")]
-    return [Engine("pt2e", True, f"torchao {importlib.metadata.version('torchao')}")]
+        return False, "this build of torch has no oneDNN"
+    if compiled and (why := inductor.needs_compiler()):
+        return False, why
+    return True, f"torchao {importlib.metadata.version('torchao')}"
 
 
 class Lowered(nn.Module):
@@ -99,12 +70,16 @@ class Lowered(nn.Module):
     Raises `ValueError` for images of another size.
     """
 
-    def __init__(self, described, image_shape):
+    def __init__(self, described, image_shape, engine):
         super().__init__()
         self.meta = {}
-        self.image_shape = tuple(image_shape)
+        self.image_shape, self.engine = tuple(image_shape), engine
+        if engine == "pt2e":
+            lowered = _lower(described, _example(self.image_shape))
+        else:
+            lowered = inductor.Compiled(described, self.image_shape, engine=engine)
         # In a list, because exported graphs refuse the train() and eval() that would reach them as submodules.
-        self.graphs = [described, _lower(described, _example(self.image_shape))]
+        self.graphs = [described, lowered]
         self.eval()
 
     @torch.no_grad()
@@ -112,22 +87,18 @@ class Lowered(nn.Module):
         if tuple(images.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"this model was quantized for images of shape {self.image_shape}, got {tuple(images.shape[1:])}: "
-                "engine 'pt2e' fixes their size, so quantize again with images of this one"
+                f"engine {self.engine!r} fixes their size, so quantize again with images of this one"
             )
         return self.graphs[1](images)
 
 
 def quantize_static(model, calibration, recipe):
-    calibration = iter(calibration)
-    first = next(calibration, None)
-    if first is None:
-        raise ValueError("the calibration set is empty: activation ranges need at least one batch of real images")
+    first, batches = program.first_and_all(calibration)
     with _quietly(), torch.no_grad():
         prepared = _prepare(model, first.shape[1:], recipe)
-        prepared(first)
-        for images in calibration:
+        for images in batches:
             prepared(images)
-        return Lowered(_convert(prepared), first.shape[1:])
+        return Lowered(_convert(prepared), first.shape[1:], recipe["engine"])
 
 
 class Trainable(nn.Module):
@@ -166,7 +137,7 @@ def prepare_qat(model, recipe, image_shape):
 def convert_qat(model, recipe):
     with _quietly(), torch.no_grad():
         trained = copy.deepcopy(model).eval()
-        return Lowered(_convert(trained.graph), trained.image_shape)
+        return Lowered(_convert(trained.graph), trained.image_shape, recipe["engine"])
 
 
 def flatten(model):
@@ -201,7 +172,7 @@ def rebuild(model, recipe, tensors, rest):
         for node, pair in zip(ranges, pairs, strict=True):
             node.args = (node.args[0], *pair, *node.args[3:])
         graph.recompile()
-        return Lowered(graph, rest["image_shape"])
+        return Lowered(graph, rest["image_shape"], recipe["engine"])
 
 
 def _prepare(model, image_shape, recipe):

@@ -1,0 +1,132 @@
+"""What engines outside torch share: a network as the bytes of its file and a callable, images → logits."""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import tempfile
+import warnings
+
+import torch
+from torch import nn
+
+# They remember the device of each network by the network itself.
+UNIQUE_DEVICE = {
+    "torchao.utils": "_assert_and_get_unique_device",
+    "torch.ao.quantization.fx.utils": "assert_and_get_unique_device",
+}
+
+
+class Program(nn.Module):
+    """What `quantize_static` and `deploy` return for such an engine; gradients never pass through it.
+
+    engine: name for messages. run: function, contiguous float32 images `(n, *image_shape)` → float32 logits. content: name →
+    bytes of the engine's own file or files, which `backends.save` stores. image_shape: of one image.
+
+    images: float32 `(n, *image_shape)`, any n. Raises `ValueError` for another type or size.
+    """
+
+    def __init__(self, engine, run, content, image_shape):
+        super().__init__()
+        self.meta = {}
+        self.engine, self.run, self.content, self.image_shape = engine, run, content, tuple(image_shape)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, images):
+        check(images, self.image_shape, self.engine)
+        return self.run(images.detach().contiguous())
+
+
+def check(images, image_shape, engine):
+    """Raise `ValueError` unless `images` are float32 and of the size that a model was made for."""
+    if images.dtype != torch.float32:
+        raise ValueError(f"expected float32 images, got {images.dtype}: convert them with images.float()")
+    if tuple(images.shape[1:]) != tuple(image_shape):
+        raise ValueError(
+            f"this model was made for images of shape {tuple(image_shape)}, got {tuple(images.shape[1:])}: engine {engine!r} "
+            "fixes their size, so make it again for this one"
+        )
+
+
+def flatten(program):
+    """Return the bytes of a program as uint8 tensors, and the size of images it takes."""
+    tensors = {name: torch.frombuffer(bytearray(part), dtype=torch.uint8) for name, part in program.content.items()}
+    return tensors, {"image_shape": list(program.image_shape)}
+
+
+def unflatten(tensors):
+    """Return name → bytes, as `flatten` got them."""
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def first_and_all(calibration):
+    """Return the first batch of `calibration`, and an iterator over all of them.
+
+    Raises `ValueError` when there is none.
+    """
+    calibration = iter(calibration)
+    first = next(calibration, None)
+    if first is None:
+        raise ValueError("the calibration set is empty: activation ranges need at least one batch of real images")
+
+    def batches():
+        yield first
+        yield from calibration
+
+    return first, batches()
+
+
+@contextlib.contextmanager
+def quietly(*loggers):
+    """Keep away warnings, and what the named loggers have to say below an error, that a learner can do nothing about."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def making(*loggers):
+    """Be `quietly`, and let go of the copies of the network that torch and torchao keep of each export and conversion."""
+    before = set(_export_globals())
+    with quietly(*loggers):
+        try:
+            yield
+        finally:
+            for name in [name for name in _export_globals().keys() - before if name.startswith("__compiled_fn_")]:
+                del _export_globals()[name]
+            for module, name in UNIQUE_DEVICE.items():
+                with contextlib.suppress(AttributeError, KeyError):  # private functions, which may go
+                    getattr(sys.modules[module], name).cache_clear()
+            gc.collect()  # graphs hold reference cycles
+
+
+def _export_globals():
+    return getattr(sys.modules.get("torch._dynamo.functional_export"), "__dict__", {})
+
+
+@contextlib.contextmanager
+def mute():
+    """Keep away what compiled libraries print past Python; on an error it is added to the exception as a note."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            yield
+        except Exception as error:
+            printed.seek(0)
+            error.add_note(printed.read().decode(errors="replace"))
+            raise
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
