@@ -27,7 +27,7 @@ class _Energy:
     def times(self, other):
         """Return how many times as much energy this is as `other`. Raises `ValueError` where one is measured, one estimated."""
         if self.kind != other.kind:
-            raise ValueError(f"a {self.kind} and a {other.kind} energy have no ratio: compare two of one kind")
+            raise ValueError("a measured energy and an estimated one have no ratio: compare two of one kind")
         return self.joules / other.joules
 
 

@@ -173,9 +173,9 @@ def by_layer(model, images, *, rounds=20, warmup=3):
     """Return how long each convolution and linear layer of `model` takes on `images`, as `LayerTimes`.
 
     model: a float module that torch.fx can trace, or one that `backends` quantized. What follows a layer until the next one
-    (batch norm, ReLU, pooling, an addition) counts with it, because kernels for integers do part of that in one go: so the
-    names of a float network and of its quantized copy are the same, and their times add up to those of the networks. A layer
-    takes a few microseconds longer than in a call of the whole model, which steps through its graph less slowly.
+    (batch norm, ReLU, pooling, an addition) counts with it, because kernels for integers do part of that in one go: so a float
+    network and its quantized copy have the same layers, and their times add up to that of the network, but for the steps
+    from one operation to the next.
 
     rounds, warmup: runs whose median is taken, and runs before them. Raises `ValueError` for a model that cannot be traced.
     """

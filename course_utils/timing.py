@@ -2,6 +2,7 @@
 
 import gc
 import math
+import statistics
 import time
 from dataclasses import dataclass, field
 
@@ -131,9 +132,9 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
 
 
 def _timing(name, times, baseline, items, confidence):
-    quartiles = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
     ratio = bootstrap_ratio(baseline, times, confidence=confidence)
-    return Timing(name, quartiles[1], quartiles[0], quartiles[2], *ratio, tuple(times), items)
+    return Timing(name, median, q1, q3, *ratio, tuple(times), items)
 
 
 @dataclass(frozen=True)
@@ -180,9 +181,9 @@ def aa_test(fn, *, repeats=20, **options):
     """
     each = [latency({"A": fn, "A again": fn}, **options) for _ in range(repeats)]
     again = [timings["A again"] for timings in each]
-    widths = torch.tensor([t.speedup_high - t.speedup_low for t in again])
+    widths = [t.speedup_high - t.speedup_low for t in again]
     contained = sum(t.speedup_low <= 1 <= t.speedup_high for t in again)
-    return AATest(contained, repeats, each[0].confidence, float(widths.median()) / 2, tuple(again))
+    return AATest(contained, repeats, each[0].confidence, statistics.median(widths) / 2, tuple(again))
 
 
 def overhead(fn, *, calls=40, rounds=10):

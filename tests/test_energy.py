@@ -138,7 +138,7 @@ def test_measured_and_estimated_are_neither_compared_nor_put_into_one_column():
     measured = energy.MeasuredEnergy(0.5, 0.4, idle_watts=2, calls=4, source="RAPL: package-0")
     estimated = energy.estimate(COSTS)
     assert measured.times(measured) == 1
-    with pytest.raises(ValueError, match="measured and a estimated|no ratio"):
+    with pytest.raises(ValueError, match="two of one kind"):
         measured.times(estimated)
     table = energy.table({"FP32": measured, "INT8": estimated})
     assert table.rows[0] == ["FP32", "500", "400", "–"]

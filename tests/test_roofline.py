@@ -88,3 +88,14 @@ def test_arrays_outgrow_the_cache_within_reason(cache, expected, monkeypatch):
     rate, how = roofline._bandwidth(None, 1)
     assert rate == 3 * expected * 2**20 / 0.5 and how.startswith(f"triad of arrays of {expected} MiB")
     assert ("unknown" in how) == (cache is None)
+
+
+def test_the_fastest_run_counts_and_slow_ones_are_not_repeated_for_long(monkeypatch):
+    clock, took = {"now": 0.0}, iter([9, 0.3, 0.1, 0.2] + [9, 0.8, 0.7, 0.6])
+
+    def run():
+        clock["now"] += next(took)
+
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: clock["now"])
+    assert roofline._best(run, 3) == pytest.approx(0.1)
+    assert roofline._best(run, 3) == pytest.approx(0.7) and next(took) == 0.6
