@@ -276,7 +276,7 @@ def roofline(peaks, bandwidth, points, *, title="", named=()):
     intensities = [point[0] for found in points.values() for point in found]
     ridges = {name: peak / bandwidth for name, peak in peaks.items()}
     left = min([*intensities, *ridges.values()]) / 2
-    right = max([*intensities, *ridges.values()]) * 2
+    right = max([*intensities, *ridges.values()]) * 8  # room for the names of the roofs
     highest = max(peaks, key=peaks.get)
     axis.plot([left, ridges[highest]], [left * bandwidth, peaks[highest]], color="black", lw=1)
     axis.annotate(

@@ -173,17 +173,18 @@ class AATest:
         )
 
 
-def aa_test(fn, *, repeats=20, **options):
+def aa_test(fn, *, repeats=20, confidence=0.99, **options):
     """Time `fn` against itself and return the `AATest`: what to do before any two different things are compared.
 
-    repeats: how often. options: those of `latency`. A 95 % interval misses 1 once in 20 repeats by its own promise, and twice
-    or more in a quarter of all tests that are made; with confidence=0.99 such bad luck is rare, and a miss means something.
+    repeats: how often. options: those of `latency`. confidence: of the intervals, by default more than elsewhere, because a 95 %
+    interval misses 1 in one of 20 repeats by its own promise, and in two or more in a quarter of all tests on the best of
+    machines; of 99 % intervals two in 20 miss in one test of 60, so that a miss means something.
     """
-    each = [latency({"A": fn, "A again": fn}, **options) for _ in range(repeats)]
+    each = [latency({"A": fn, "A again": fn}, confidence=confidence, **options) for _ in range(repeats)]
     again = [timings["A again"] for timings in each]
     widths = [t.speedup_high - t.speedup_low for t in again]
     contained = sum(t.speedup_low <= 1 <= t.speedup_high for t in again)
-    return AATest(contained, repeats, each[0].confidence, statistics.median(widths) / 2, tuple(again))
+    return AATest(contained, repeats, confidence, statistics.median(widths) / 2, tuple(again))
 
 
 def overhead(fn, *, calls=40, rounds=10):

@@ -172,7 +172,7 @@ def test_the_interval_of_two_that_differ_holds_their_ratio(monkeypatch):
 
 def test_the_a_a_test_ties_on_a_machine_of_even_noise(monkeypatch):
     clock = Clock(monkeypatch, noise("drift", torch.Generator().manual_seed(0)))
-    found = timing.aa_test(clock.takes(10), repeats=20, rounds=20, confidence=0.99)
+    found = timing.aa_test(clock.takes(10), repeats=20, rounds=20)
     assert found.ties and found.repeats == 20 and len(found.each) == 20 and found.confidence == 0.99
     assert "99 % interval contains 1 in 20 of 20 repeats: A ties with A" in str(found)
     widths = sorted(t.speedup_high - t.speedup_low for t in found.each)
@@ -184,7 +184,7 @@ def test_the_a_a_test_fails_where_the_place_in_a_round_decides(monkeypatch):
     #  Rounds run A, A again, A again, A, ...: here each second pair of calls is slower, which only "A again" and A share unevenly.
     slow_for_again = [1, 1.2, 1.2, 1]
     clock = Clock(monkeypatch, (slow_for_again[next(calls) % 4] for _ in range(10_000)))
-    found = timing.aa_test(clock.takes(10), repeats=8, rounds=20, warmup=2)
+    found = timing.aa_test(clock.takes(10), repeats=8, rounds=20, warmup=2, confidence=0.95)
     assert not found.ties and found.contained == 0 and found.chance < 1e-9
     assert "no ratio measured now counts" in str(found)
 
