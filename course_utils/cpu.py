@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+CORES = Path("/sys/devices/system/cpu")
+
 # Flag (as /proc/cpuinfo spells it) → what it means for INT8. The rest of the course names the flags that a machine has.
 ISA_FLAGS = {
     "avx2": "INT8 kernels with 256-bit registers",
@@ -57,6 +59,22 @@ def has_vnni():
 def cores():
     """Return how many logical cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def last_level_cache():
+    """Return the bytes of the last-level caches of the cores this process may run on, or None where Linux does not tell."""
+    found = {}
+    for core in sorted(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)):
+        for index in (CORES / f"cpu{core}" / "cache").glob("index*"):
+            try:
+                level, size, shared = (
+                    (index / part).read_text().strip() for part in ("level", "size", "shared_cpu_list")
+                )
+                found[int(level), shared] = int(size.removesuffix("K")) * 1024  # cores that share one name it alike
+            except (OSError, ValueError):
+                continue
+    last = max((level for level, _ in found), default=None)
+    return sum(size for (level, _), size in found.items() if level == last) or None
 
 
 def memory_gib():

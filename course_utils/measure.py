@@ -1,22 +1,29 @@
-"""What we measure: accuracy with its interval, paired comparisons, latency, size, memory, and the machine itself."""
+"""What we measure: accuracy with its interval, paired comparisons, size, and the machine itself.
+
+What takes more than a page has a module of its own, and its names here too: `timing`, `child`, `profiling`, `energy`, `isa`.
+"""
 
 import importlib.metadata
-import multiprocessing
 import os
-import pickle
 import platform
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from . import cpu
-from .stats import Proportion, bootstrap_ratio, mcnemar, mean_over_runs, paired_difference
-from .tables import Table
+from .child import in_child, load_and_run, load_model, load_seconds, peak_memory
+from .energy import energy
+from .isa import at_level
+from .profiling import by_layer, kernels, layer_speedups, onednn
+from .stats import Proportion, mcnemar, mean_over_runs, paired_difference
+from .timing import Timing, Timings, aa_test, latency, overhead
+
+__all__ = ["accuracy", "compare", "compare_predictions", "compare_seeds", "predictions", "Comparison", "SeedComparison"]
+__all__ += ["aa_test", "latency", "overhead", "Timing", "Timings"]
+__all__ += ["in_child", "load_and_run", "load_model", "load_seconds", "peak_memory", "size_on_disk"]
+__all__ += ["at_level", "by_layer", "energy", "kernels", "layer_speedups", "machine", "onednn"]
 
 NO_IMAGES = "no images to measure on: batches was empty (a generator can be used only once)"
 
@@ -162,90 +169,6 @@ def _outputs(models, batches):
             model.train()
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Latency of one contender over the rounds: `median`, quartiles `q1`, `q3` in milliseconds.
-
-    speedup: the baseline's median divided by this one's (above 1 is faster), with its 95 % bootstrap interval.
-    """
-
-    name: str
-    median: float
-    q1: float
-    q3: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-
-
-class Timings(dict):
-    """The `Timing` of each contender by name; prints as a table. `rounds` and `threads` say how they were taken."""
-
-    def __init__(self, timings, rounds, threads):
-        super().__init__((timing.name, timing) for timing in timings)
-        self.rounds, self.threads = rounds, threads
-
-    def table(self):
-        """Return the timings as a `Table`."""
-        baseline = next(iter(self))
-        rows = [
-            [
-                t.name,
-                f"{t.median:.2f}",
-                f"{t.q1:.2f} – {t.q3:.2f}",
-                f"{t.speedup:.2f}×",
-                f"{t.speedup_low:.2f} – {t.speedup_high:.2f}",
-            ]
-            for t in self.values()
-        ]
-        return Table(["", "median ms", "quartiles", f"speed-up over {baseline}", "95 % interval"], rows)
-
-    def __str__(self):
-        return f"{self.table()}\n{self.rounds} interleaved rounds, {self.threads} threads"
-
-    __repr__ = __str__
-
-    def _repr_markdown_(self):
-        return f"{self.table()._repr_markdown_()}\n\n{self.rounds} interleaved rounds, {self.threads} threads"
-
-
-def latency(contenders, *, rounds=40, warmup=5, threads=None):
-    """Time callables against each other in interleaved rounds and return their `Timings`; the first is the baseline.
-
-    contenders: dict of name → callable without arguments. Each round calls every contender once, starting one further each
-    time, so that drift and noise of the machine meet all of them alike. rounds, warmup: calls of each that count, and that
-    do not. threads: torch threads during the timing (default: as they are). Calls run under `torch.no_grad()`.
-
-    Raises `ValueError` without contenders or with fewer than 3 rounds.
-    """
-    if not contenders or rounds < 3:
-        raise ValueError(f"need at least one contender and 3 rounds, got {len(contenders)} and {rounds}")
-    names = list(contenders)
-    seconds = {name: [] for name in names}
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads or threads_before)
-    try:
-        with torch.no_grad():
-            for index in range(-warmup, rounds):
-                start = index % len(names)
-                for name in names[start:] + names[:start]:
-                    began = time.perf_counter_ns()
-                    contenders[name]()
-                    took = time.perf_counter_ns() - began
-                    if index >= 0:
-                        seconds[name].append(took / 1e6)
-        used = torch.get_num_threads()
-    finally:
-        torch.set_num_threads(threads_before)
-    return Timings([_timing(name, seconds[name], seconds[names[0]]) for name in names], rounds, used)
-
-
-def _timing(name, times, baseline):
-    quartiles = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
-    speedup, low, high = bootstrap_ratio(baseline, times)
-    return Timing(name, quartiles[1], quartiles[0], quartiles[2], speedup, low, high)
-
-
 def size_on_disk(model):
     """Return the bytes of `model` as a file: a path's own size, or what saving the model as safetensors takes.
 
@@ -263,80 +186,6 @@ def size_on_disk(model):
             return backends.save(model, path)
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
         return path.stat().st_size
-
-
-@dataclass(frozen=True)
-class PeakMemory:
-    """Memory of a child process in bytes: `total` at its peak, and `added` by the function beyond what Python, torch and the
-    imports already held."""
-
-    total: int
-    added: int
-
-
-def peak_memory(fn, *args):
-    """Run `fn(*args)` in a fresh Python process and return the `PeakMemory` it took.
-
-    fn: a function that a new process can import (defined in a module, not in the notebook); its result is discarded.
-    Raises `ValueError` for a function that cannot be sent there, `MemoryError` when the process is killed on the way, and
-    whatever `fn` raises.
-    """
-    try:
-        pickle.dumps((fn, args))
-    except Exception as error:
-        raise ValueError(f"a fresh process cannot import this function or its arguments ({error})") from None
-    if getattr(fn, "__module__", None) == "__main__":
-        raise ValueError(
-            f"{fn.__qualname__} is defined in this session: move it into a module, a fresh process must import it"
-        )
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return PeakMemory(*pool.submit(_run_and_watch, fn, args).result())
-        except BrokenProcessPool:
-            raise MemoryError("the process was killed while it ran, most likely for want of memory") from None
-
-
-def load_and_run(path, name=None, *, size=224):
-    """Load the model in `path` and run one image of `size` × `size` pixels: what `peak_memory` is usually asked about.
-
-    path: a file written by `backends.save`; or, with the architecture `name` given, float weights as safetensors.
-    """
-    if name is None:
-        from . import backends
-
-        model = backends.load(path)
-    else:
-        from safetensors.torch import load_file
-
-        from . import models
-
-        model = models.load(name, weights=None)
-        model.load_state_dict(load_file(path))
-    with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
-
-
-def _run_and_watch(fn, args):
-    import psutil
-
-    before = psutil.Process().memory_info().rss
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew here
-    except OSError:
-        pass
-    fn(*args)
-    peak = _peak_rss()
-    return peak, max(0, peak - before)
-
-
-def _peak_rss():
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    import psutil
-
-    info = psutil.Process().memory_info()
-    return getattr(info, "peak_wset", info.rss)
 
 
 def machine():

@@ -262,3 +262,47 @@ def clusters(frames, *, qmin, qmax, title=""):
         axis.set(title=label, xticks=range(qmin, qmax + 1), yticks=[], xlabel="weight / scale")
     figure.suptitle(title, fontsize="medium")
     return figure
+
+
+def roofline(peaks, bandwidth, points, *, title="", named=()):
+    """Draw layers below the machine's roofs, both axes logarithmic: memory bounds the left part, arithmetic the right one.
+
+    peaks: dict of precision → operations a second; bandwidth: bytes a second. points: dict of label → list of
+    `(operations a byte, operations a second, name)`, in the colour of the precision of that name if there is one. named: the
+    names to write beside their points.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.4))
+    colours = dict(zip(peaks, itertools.cycle([BLUE, GREEN, ORANGE, RED]), strict=False))
+    intensities = [point[0] for found in points.values() for point in found]
+    ridges = {name: peak / bandwidth for name, peak in peaks.items()}
+    left = min([*intensities, *ridges.values()]) / 2
+    right = max([*intensities, *ridges.values()]) * 8  # room for the names of the roofs
+    highest = max(peaks, key=peaks.get)
+    axis.plot([left, ridges[highest]], [left * bandwidth, peaks[highest]], color="black", lw=1)
+    axis.annotate(
+        f"{bandwidth / 1e9:.0f} GB/s", (left, left * bandwidth), (4, 22), textcoords="offset points", fontsize=8
+    )
+    for name, peak in peaks.items():
+        axis.plot([ridges[name], right], [peak, peak], color=colours[name], lw=1.4)
+        axis.annotate(
+            f"{name}: {peak / 1e9:,.0f} G/s",
+            (right, peak),
+            (0, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color=colours[name],
+        )
+    markers = itertools.cycle("osD^v")
+    for label, found in points.items():
+        x, y, names = zip(*found, strict=True)
+        colour = colours.get(label)
+        drawn = axis.scatter(x, y, s=22, marker=next(markers), color=colour, label=label, zorder=3, alpha=0.85)
+        for layer, point in zip(names, zip(x, y, strict=True), strict=True):
+            if layer in named:
+                colour = drawn.get_facecolor()[0]
+                axis.annotate(layer, point, (5, -9), textcoords="offset points", fontsize=8, color=colour)
+    axis.set(xscale="log", yscale="log", xlim=(left, right), title=title)
+    axis.set(xlabel="operations for each byte moved", ylabel="operations a second")
+    axis.legend(loc="lower right")
+    return figure

@@ -57,6 +57,22 @@ def test_container_limit_counts(cpuinfo):
     assert cpu.memory_gib() > 1.0
 
 
+def test_the_last_level_caches_of_our_cores_are_added(tmp_path, monkeypatch):
+    def cache(core, index, level, size, shared):
+        folder = tmp_path / f"cpu{core}" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        for name, value in (("level", level), ("size", size), ("shared_cpu_list", shared)):
+            (folder / name).write_text(f"{value}\n")
+
+    monkeypatch.setattr(cpu, "CORES", tmp_path)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    assert cpu.last_level_cache() is None
+    for core, shared in ((0, "0-1"), (1, "0-1"), (2, "2-3"), (3, "2-3"), (4, "4")):
+        cache(core, 0, 1, "32K", core)
+        cache(core, 1, 3, "16384K", shared)
+    assert cpu.last_level_cache() == 2 * 16 * 2**20
+
+
 def test_this_machine():
     assert cpu.cores() >= 1
     assert cpu.memory_gib() is None or cpu.memory_gib() > 0

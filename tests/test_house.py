@@ -20,7 +20,10 @@ ARITHMETIC = (
     *("formats", "affine", "observers", "integer", "rounding", "weights", "int4", "simulate", "qat"),
     *("stats", "tables"),
 )
-ABOVE = ("backends", "measure", "ledger", "plots", "widgets", "exercises", "tools", "training")
+ABOVE = (
+    *("backends", "measure", "timing", "child", "profiling", "energy", "isa", "roofline", "ledger"),
+    *("plots", "widgets", "exercises", "tools", "training"),
+)
 PUBLIC = {
     "data": ["fashion_mnist(split, *, size=64)", "batches(dataset, batch_size, *, limit=None)"],
     "models": ["load(name, *, weights='course')"],
@@ -77,6 +80,7 @@ PUBLIC = {
         "latency(contenders)",
         "size_on_disk(model)",
         "peak_memory(fn)",
+        "energy(fn)",
         "machine()",
     ],
     "ledger": [

@@ -1,15 +1,12 @@
 import json
-import os
 import platform
-import signal
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from course_utils import backends, measure, models
+from course_utils import backends, child, energy, isa, measure, profiling, timing
 from course_utils.stats import Proportion, mcnemar
 
 
@@ -86,55 +83,6 @@ def test_a_comparison_carries_its_interval_and_p_value():
     assert str(found).endswith("(10 fixed, 30 broke, McNemar p = 0.0022)")
 
 
-def test_contenders_take_turns_in_starting_a_round():
-    calls = []
-    contenders = {name: lambda name=name: calls.append((name, torch.is_grad_enabled())) for name in "abc"}
-    found = measure.latency(contenders, rounds=4, warmup=2)
-    rounds = ["".join(name for name, _ in calls[i : i + 3]) for i in range(0, len(calls), 3)]
-    assert rounds == ["bca", "cab", "abc", "bca", "cab", "abc"]
-    assert not any(gradients for _, gradients in calls)
-    assert list(found) == ["a", "b", "c"] and found.rounds == 4
-
-
-def test_latency_is_the_median_of_the_rounds_after_the_warm_up(monkeypatch):
-    clock = {"now": 0}
-    spent = {"slow": iter([900] + [4, 4, 40, 4, 4]), "quick": iter([900] + [1, 1, 10, 1, 1])}
-
-    def contender(name):
-        clock["now"] += next(spent[name]) * 1_000_000
-
-    monkeypatch.setattr(measure.time, "perf_counter_ns", lambda: clock["now"])
-    contenders = {"slow": lambda: contender("slow"), "quick": lambda: contender("quick")}
-    found = measure.latency(contenders, rounds=5, warmup=1)
-    assert (found["slow"].q1, found["slow"].median, found["slow"].q3) == (4, 4, 4)
-    assert found["slow"].speedup == 1
-    quick = found["quick"]
-    assert (quick.median, quick.speedup, quick.speedup_low, quick.speedup_high) == (1, 4, 4, 4)
-    assert found.table().rows[1] == ["quick", "1.00", "1.00 – 1.00", "4.00×", "4.00 – 4.00"]
-    assert "5 interleaved rounds" in str(found) and "5 interleaved rounds" in found._repr_markdown_()
-
-
-def test_threads_are_set_during_the_timing_only():
-    before = torch.get_num_threads()
-    used = []
-    found = measure.latency({"a": lambda: used.append(torch.get_num_threads())}, rounds=3, warmup=0, threads=before + 1)
-    assert used == [before + 1] * 3 and found.threads == before + 1
-    assert torch.get_num_threads() == before
-
-
-def test_threads_and_gradients_are_restored_when_a_contender_fails():
-    before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError):
-        measure.latency({"a": lambda: 1 / 0}, threads=before + 1)
-    assert torch.get_num_threads() == before and torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize(("contenders", "rounds"), [({}, 40), ({"a": print}, 2)])
-def test_too_little_to_time_is_refused(contenders, rounds):
-    with pytest.raises(ValueError, match="contender"):
-        measure.latency(contenders, rounds=rounds)
-
-
 def test_size_on_disk_is_the_size_of_the_file(tmp_path, resnet18):
     path = tmp_path / "model.safetensors"
     save_file(resnet18.state_dict(), path)
@@ -146,55 +94,6 @@ def test_size_on_disk_of_a_quantized_model_is_that_of_its_saved_file(tmp_path):
     dynamic = backends.quantize_dynamic(nn.Sequential(nn.Linear(64, 64)))
     assert measure.size_on_disk(dynamic) == backends.save(dynamic, tmp_path / "model")
     assert measure.size_on_disk(dynamic) < measure.size_on_disk(nn.Sequential(nn.Linear(64, 64))) / 2
-
-
-def allocate(megabytes):
-    assert len(bytearray(b"x") * (megabytes * 1_000_000)) == megabytes * 1_000_000
-
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail(text):
-    raise LookupError(text)
-
-
-def test_peak_memory_is_what_the_function_took_even_if_it_gave_it_back():
-    mine = psutil.Process().memory_info().rss
-    found = measure.peak_memory(allocate, 200)
-    assert found.added == pytest.approx(200e6, rel=0.1)
-    assert found.total > found.added
-    assert psutil.Process().memory_info().rss < mine + 100e6
-
-
-def test_the_error_of_the_measured_function_comes_through():
-    with pytest.raises(LookupError, match="not here"):
-        measure.peak_memory(fail, "not here")
-
-
-def test_a_killed_process_is_an_error_about_memory():
-    with pytest.raises(MemoryError, match="killed"):
-        measure.peak_memory(die)
-
-
-def test_a_function_that_a_fresh_process_cannot_import_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="fresh process"):
-        measure.peak_memory(lambda: None)
-    with pytest.raises(ValueError, match="fresh process"):
-        measure.peak_memory(allocate, lambda: None)
-    monkeypatch.setattr(allocate, "__module__", "__main__")
-    monkeypatch.setattr("__main__.allocate", allocate, raising=False)
-    with pytest.raises(ValueError, match="allocate is defined in this session"):
-        measure.peak_memory(allocate, 1)
-
-
-def test_load_and_run_takes_float_and_quantized_files(tmp_path, resnet18, calibration):
-    save_file(resnet18.state_dict(), tmp_path / "float")
-    measure.load_and_run(tmp_path / "float", "resnet18", size=32)
-    small = models.build("mobilenet_v2").eval()
-    backends.save(backends.quantize_dynamic(small), tmp_path / "int8")
-    measure.load_and_run(tmp_path / "int8", size=32)
 
 
 def test_the_machine_is_described_by_facts_that_json_can_hold():
@@ -232,3 +131,9 @@ def test_seeds_are_compared_image_by_image():
     assert str(found).startswith("+18.75 [")
     with pytest.raises(ValueError, match="1 and 2 seeds"):
         measure.compare_seeds([right], [right, right], labels)
+
+
+def test_what_has_a_module_of_its_own_can_be_called_here_too():
+    assert measure.latency is timing.latency and measure.peak_memory is child.peak_memory
+    assert measure.energy is energy.energy and measure.kernels is profiling.kernels and measure.at_level is isa.at_level
+    assert all(hasattr(measure, name) for name in measure.__all__)

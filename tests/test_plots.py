@@ -149,3 +149,17 @@ def test_clusters_draw_one_histogram_a_frame_with_a_tick_for_each_integer():
     for axis in figure.axes:
         assert sum(patch.get_height() for patch in axis.patches) == 4  # one far below the range included
         assert axis.get_xticks().tolist() == [-2, -1, 0, 1]
+
+
+def test_a_roofline_has_one_slope_a_roof_for_each_precision_and_the_layers_below():
+    points = {"FP32": [(50, 80e9, "conv1"), (0.5, 1e9, "fc")], "INT8": [(200, 300e9, "conv1")]}
+    figure = plots.roofline({"FP32": 100e9, "INT8": 400e9}, 20e9, points, title="Roofline", named=("fc",))
+    axis = figure.axes[0]
+    slope, fp32, int8 = axis.lines
+    assert (slope.get_ydata() / slope.get_xdata()).tolist() == [20e9, 20e9] and slope.get_ydata()[1] == 400e9
+    assert fp32.get_xdata()[0] == 5 and set(fp32.get_ydata()) == {100e9} and int8.get_xdata()[0] == 20
+    assert axis.get_xscale() == axis.get_yscale() == "log"
+    assert [found.get_offsets().tolist() for found in axis.collections] == [[[50, 80e9], [0.5, 1e9]], [[200, 300e9]]]
+    assert axis.get_xlim()[0] < 0.5 and axis.get_xlim()[1] > 200
+    assert all(word in texts(figure) for word in ("20 GB/s", "FP32: 100 G/s", "INT8: 400 G/s", "fc", "Roofline"))
+    assert "conv1" not in texts(figure)

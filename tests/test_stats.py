@@ -111,15 +111,56 @@ def test_the_bootstrap_interval_covers_the_ratio_and_narrows_with_more_rounds():
     assert interval(400) < interval(25)
 
 
-def test_the_bootstrap_is_the_same_each_time_for_the_same_seed():
-    a, b = [1.0, 2.0, 4.0], [1.0, 3.0, 2.0]
-    assert bootstrap_ratio(a, b) == bootstrap_ratio(a, b)
+@pytest.mark.parametrize("n", [5, 15, 41])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_the_ends_are_those_that_resampling_comes_to(n, confidence):
+    generator = random.Random(n)
+    ratios = sorted(generator.lognormvariate(0, 0.3) for _ in range(n))
+    ratio, low, high = bootstrap_ratio(ratios, [1.0] * n, confidence=confidence)
+    drawn = torch.tensor(ratios)[torch.randint(n, (40_000, n), generator=torch.Generator().manual_seed(0))]
+    medians, tail = drawn.median(1).values.double(), (1 - confidence) / 2
+
+    def below(value):
+        return float((medians < value - 1e-6).double().mean())
+
+    inside = ratios[ratios.index(low) + 1]
+    # It is the last ratio that leaves no more outside than the tail.
+    assert below(low) < tail + 0.003 and below(inside) > tail - 0.003
+    assert ratio == ratios[n // 2] and ratios.index(low) == n - 1 - ratios.index(high)
+
+
+def test_drift_over_the_rounds_does_not_widen_the_interval():
+    generator = random.Random(0)
+    a, b = ([1 + 0.02 * generator.random() for _ in range(40)] for _ in range(2))
+    drift = [1 + i / 20 for i in range(40)]  # three times as slow in the end
+    still, moving = (
+        bootstrap_ratio(a, b),
+        bootstrap_ratio(*([x * d for x, d in zip(s, drift, strict=True)] for s in (a, b))),
+    )
+    assert moving == pytest.approx(still)
+
+
+def test_a_wider_confidence_and_fewer_rounds_give_wider_intervals():
+    generator = random.Random(2)
+    a, b = ([generator.lognormvariate(0, 0.2) for _ in range(40)] for _ in range(2))
+    intervals = [bootstrap_ratio(a, b, confidence=c)[1:] for c in (0.8, 0.95, 0.99)]
+    assert all(
+        outer[0] < inner[0] and inner[1] < outer[1] for inner, outer in zip(intervals, intervals[1:], strict=False)
+    )
+    assert bootstrap_ratio([1.0, 2.0, 4.0], [1.0, 1.0, 1.0]) == (2, 1, 4)  # all that three rounds can say
+    many = [float(i % 7 + 1) for i in range(3000)]
+    assert bootstrap_ratio(many, [1.0] * 3000) == (4, 4, 4)
 
 
 @pytest.mark.parametrize(("a", "b"), [([1.0], [1.0, 2.0]), ([], [])])
 def test_samples_that_are_no_pairs_are_refused(a, b):
     with pytest.raises(ValueError, match="equal length"):
         bootstrap_ratio(a, b)
+
+
+def test_a_clock_that_stood_still_is_refused():
+    with pytest.raises(ValueError, match="positive"):
+        bootstrap_ratio([1.0, 2.0], [0.0, 1.0])
 
 
 def test_rank_correlation_sees_the_order_alone():

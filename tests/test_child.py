@@ -1,0 +1,97 @@
+"""What needs a process of its own: the environment it starts with, its memory, its time to load a model."""
+
+import os
+import signal
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from course_utils import backends, child, models
+
+
+def allocate(megabytes):
+    assert len(bytearray(b"x") * (megabytes * 1_000_000)) == megabytes * 1_000_000
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(text):
+    raise LookupError(text)
+
+
+def test_peak_memory_is_what_the_function_took_even_if_it_gave_it_back():
+    mine = psutil.Process().memory_info().rss
+    found = child.peak_memory(allocate, 200)
+    assert found.added == pytest.approx(200e6, rel=0.1)
+    assert found.total > found.added
+    assert psutil.Process().memory_info().rss < mine + 100e6
+
+
+def test_the_error_of_the_measured_function_comes_through():
+    with pytest.raises(LookupError, match="not here"):
+        child.peak_memory(fail, "not here")
+
+
+def test_a_killed_process_is_an_error_about_memory():
+    with pytest.raises(MemoryError, match="killed"):
+        child.peak_memory(die)
+
+
+def test_a_function_that_a_fresh_process_cannot_import_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="fresh process"):
+        child.peak_memory(lambda: None)
+    with pytest.raises(ValueError, match="fresh process"):
+        child.peak_memory(allocate, lambda: None)
+    monkeypatch.setattr(allocate, "__module__", "__main__")
+    monkeypatch.setattr("__main__.allocate", allocate, raising=False)
+    with pytest.raises(ValueError, match="allocate is defined in this session"):
+        child.peak_memory(allocate, 1)
+
+
+def test_load_and_run_takes_float_and_quantized_files(tmp_path, resnet18, calibration):
+    save_file(resnet18.state_dict(), tmp_path / "float")
+    child.load_and_run(tmp_path / "float", "resnet18", size=32)
+    small = models.build("mobilenet_v2").eval()
+    backends.save(backends.quantize_dynamic(small), tmp_path / "int8")
+    child.load_and_run(tmp_path / "int8", size=32)
+
+
+def surroundings():
+    return {"said": os.environ.get("COURSE_SAID"), "threads": torch.get_num_threads(), "process": os.getpid()}
+
+
+def test_the_environment_of_a_child_is_there_before_its_libraries_and_leaves_ours_alone(monkeypatch):
+    monkeypatch.setenv("COURSE_SAID", "ours")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    found = child.in_child(surroundings, env={"COURSE_SAID": "theirs", "OMP_NUM_THREADS": 1})
+    assert found["said"] == "theirs" and found["threads"] == 1 and found["process"] != os.getpid()
+    assert (os.environ["COURSE_SAID"], os.environ["OMP_NUM_THREADS"]) == ("ours", "2")
+    assert child.in_child(os.getenv, "COURSE_SAID") == "ours"
+    assert child.in_child(os.getenv, "COURSE_SAID", env={"COURSE_SAID": None}) is None
+    assert os.environ["COURSE_SAID"] == "ours"
+
+
+def test_a_child_gives_back_the_result_of_a_function_with_arguments():
+    assert child.in_child(divmod, 17, 5) == (3, 2)
+
+
+def test_loading_is_timed_in_a_child_with_its_imports_and_without(tmp_path):
+    path = tmp_path / "float"
+    save_file(models.load("resnet18", weights=None).state_dict(), path)
+    found = child.load_seconds(path, "resnet18", repeats=1)
+    assert found.first > found.again > 0  # the first one imports torchvision
+    with pytest.raises(ValueError, match="fresh process"):
+        child.load_seconds(lambda: None)
+
+
+def test_load_model_takes_float_and_quantized_files(tmp_path, resnet18, images):
+    save_file(resnet18.state_dict(), tmp_path / "float")
+    int8 = backends.quantize_dynamic(resnet18)
+    backends.save(int8, tmp_path / "int8")
+    with torch.no_grad():
+        assert torch.equal(child.load_model(tmp_path / "float", "resnet18")(images), resnet18(images))
+        assert torch.equal(child.load_model(tmp_path / "int8")(images), int8(images))

@@ -1,0 +1,107 @@
+"""Which kernels ran and how long each layer took, on networks whose answers are known."""
+
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from course_utils import backends, profiling, weights
+
+
+@pytest.fixture(scope="module")
+def int8(resnet18, calibration):
+    return backends.quantize_static(resnet18, calibration)
+
+
+def need_onednn():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of torch has no oneDNN")
+
+
+def test_the_profiler_names_the_operators_with_their_calls_and_shares(resnet18, images, capfd):
+    found = profiling.kernels(lambda: resnet18(images), runs=2, warmup=1)
+    assert "aten::addmm" in found and "quantized::conv2d" not in found
+    assert found.calls("aten::conv2d") == 20 and found.calls("aten::addmm") == 1
+    assert sum(kernel.share for kernel in found) == pytest.approx(1)
+    assert [k.ms for k in found] == sorted((k.ms for k in found), reverse=True)
+    assert found.table(top=3).rows[0][0] == found[0].name and len(found.table(top=3).rows) == 3
+    assert capfd.readouterr() == ("", "")  # the profiler's own log does not end up in a notebook
+
+
+def test_the_profiler_shows_that_integer_kernels_run(int8, images):
+    found = profiling.kernels(lambda: int8(images), runs=1)
+    assert found.calls("quantized::conv2d") == 20 and "quantized::linear" in found
+    assert found.calls("aten::conv") == 0
+
+
+def test_what_is_not_torch_leaves_nothing_to_see():
+    assert profiling.kernels(lambda: sum(range(10))) == []
+
+
+def test_calls_are_profiled_under_the_mode_given():
+    seen = []
+    profiling.kernels(lambda: seen.append(torch.is_inference_mode_enabled()), runs=1, mode=torch.inference_mode)
+    assert set(seen) == {True}
+
+
+def test_onednn_names_its_implementations_and_keeps_the_output_clean(images, capfd):
+    need_onednn()
+    layer = nn.Conv2d(3, 64, 3)
+    found = profiling.onednn(lambda: layer(images))
+    assert [count for (operation, _), count in found.calls.items() if operation == "convolution"] == [1]
+    assert len(found.implementations()) == 1 and found.implementations("no such operation") == []
+    assert profiling.onednn(lambda: None).calls == {}
+    print("after")
+    assert capfd.readouterr() == ("after\n", "")
+
+
+def test_without_onednn_there_is_nothing_to_report(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert profiling.onednn(lambda: None) == profiling.OneDNN("", {})
+
+
+def test_what_is_captured_is_given_back_after_an_error(capfd):
+    with pytest.raises(LookupError), profiling._captured(1) as output:
+        os.write(1, b"inside\n")  # as a library does, past Python's own streams
+        raise LookupError
+    os.write(1, b"outside\n")
+    assert output == ["inside\n"] and capfd.readouterr().out == "outside\n"
+
+
+def test_a_float_network_its_folded_copy_and_its_integers_have_the_same_layers(resnet18, int8, images):
+    before = profiling.by_layer(resnet18, images, rounds=2, warmup=1)
+    assert set(before) == set(weights.layers(resnet18)) and next(iter(before)) == "conv1"
+    assert set(profiling.by_layer(weights.fold_batch_norm(resnet18), images, rounds=1)) == set(before)
+    after = profiling.by_layer(int8, images, rounds=2, warmup=1)
+    assert set(after) - {profiling.INPUT} == set(before)
+    assert all(ms > 0 for ms in [*before.values(), *after.values()])
+    speedups = profiling.layer_speedups(before, after)
+    assert speedups["fc"] == before["fc"] / after["fc"] and list(speedups) == list(before)
+    assert before.table().rows[0][0] == max(before, key=before.get)
+
+
+def test_the_layers_of_an_exported_network_keep_their_names(resnet18, calibration, images):
+    (engine,) = backends.engines("pt2e")
+    if not engine.runs:
+        pytest.skip(f"engine pt2e does not run here: {engine.why}")
+    lowered = backends.quantize_static(resnet18, calibration, engine="pt2e")
+    assert set(profiling.by_layer(lowered, images, rounds=1)) - {profiling.INPUT} == set(weights.layers(resnet18))
+    assert profiling.kernels(lambda: lowered(images), runs=1).calls("onednn::q") == 21
+
+
+def test_the_time_of_what_follows_a_layer_is_the_layers(monkeypatch):
+    clock = iter(range(0, 1_000_000_000, 1_000_000))  # every reading is a millisecond later, so each node takes one
+    monkeypatch.setattr(profiling.time, "perf_counter_ns", lambda: next(clock))
+    model = nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
+    found = profiling.by_layer(model.eval(), torch.zeros(1, 3, 1, 1), rounds=3)
+    assert found == {profiling.INPUT: 1, "1": 4, "5": 1}
+
+
+def test_a_network_that_cannot_be_traced_is_refused():
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match="cannot trace"):
+        profiling.by_layer(Branches(), torch.zeros(1))
