@@ -4,7 +4,7 @@ The successor of torch.ao's flow, and the same kernels as engine `"onednn"`, but
 unrounded sums of a convolution. A model is made for one size of images and any number of them.
 
 Engine `"pt2e"` puts the kernels into the graph, which Python then runs. `"pt2e-inductor"` lets torch.compile do it, which also
-makes one program of what is between them, and needs a C++ compiler. The numbers are the same.
+makes one program of what is between them, and needs a C++ compiler. Their results differ in single roundings at most.
 """
 
 import copy
