@@ -199,8 +199,11 @@ def _graph(model):
     """Return what computes `model` as a graph module."""
     if isinstance(model, torch.fx.GraphModule):
         return model
-    if getattr(model, "graphs", None):  # quantized by engine "pt2e": the last of its graphs is the one that runs
-        return model.graphs[-1]
+    graphs = getattr(model, "graphs", None)
+    if graphs and isinstance(
+        graphs[-1], torch.fx.GraphModule
+    ):  # engine "pt2e": the last of its graphs is the one that runs
+        return graphs[-1]
     try:
         return torch.fx.symbolic_trace(model)
     except Exception as error:

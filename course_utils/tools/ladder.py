@@ -29,18 +29,17 @@ ADAROUND = ("AdaRound", "AdaRound, bias correction")
 # Rungs that share the expensive part, the rounding, are measured together; the cheap ones come first. Equalization is for
 # the fragile network: in ResNet18 only pairs inside a block can be equalized. AdaRound starts from ranges of least squared
 # error, as its authors have it, and takes a minute or two a rung, so it comes where the others are about to fall.
-BITS, GRANULARITIES, CLIPS = range(2, 9), ("tensor", "channel", 32), ("minmax", "mse")
+CLIPS, GRANULARITIES = ("minmax", "mse"), ("tensor", "channel", 32)
 GRID = [
     (name, repairs, Policy(weights=bits, granularity=granularity, clip=clip))
     for repairs, names in ((NEAREST, MODELS), (EQUALIZED, MODELS[1:]))
-    for bits, granularity, clip, name in itertools.product(BITS, GRANULARITIES, CLIPS, names)
+    for bits, granularity, clip, name in itertools.product(range(8, 1, -1), GRANULARITIES, CLIPS, names)
 ]
 GRID += [
     (name, ADAROUND, Policy(weights=bits, granularity=granularity, clip="mse"))
     for name in MODELS
     for bits, granularity in ((4, "channel"), (3, "channel"), (2, 32))
 ]
-ACTIVATIONS = {NEAREST: (None, 8), EQUALIZED: (None,), ADAROUND: (None,)}  # bits of activations, or None for float32
 FEW = {"observer": "mse", "clip": "mse"}
 HEADLINES = [  # chosen on validation images, scored on the test images once
     ("resnet18", ADAROUND, Policy(weights=4, clip="mse"), None),
@@ -114,7 +113,10 @@ def _float_predictions(name, split, limit):
 def main():
     names = names_from_command_line(__doc__, MODELS, "networks to measure")
     jobs = [(name, policy, repairs, (bits,), "test", None) for name, repairs, policy, bits in HEADLINES]
-    jobs += [(name, policy, repairs, ACTIVATIONS, "validation", VALIDATION_IMAGES) for name, repairs, policy in GRID]
+    jobs += [
+        (name, policy, repairs, _activations(repairs, policy), "validation", VALIDATION_IMAGES)
+        for name, repairs, policy in GRID
+    ]
     done = {(r.model, str(r.policy), r.repair, r.split) for r in (read() if (files.data_dir() / FILE).exists() else ())}
     todo = [job for job in jobs if job[0] in names and not _wanted(*job) <= done]
     for job in (bar := tqdm(todo, unit="job")):
@@ -122,6 +124,10 @@ def main():
         _add(found)
         for rung in found:
             bar.write(f"{rung.model}, {rung.policy}, {rung.repair}, {rung.split}: {rung.comparison}")
+
+
+def _activations(repairs, policy):
+    return (None, 8) if repairs == NEAREST and policy.granularity == "channel" else (None,)
 
 
 def _wanted(name, policy, repairs, activations, split, limit):
