@@ -18,6 +18,7 @@ from torch.func import functional_call
 from .. import affine, weights
 
 OPSET = 18
+NOTHING = '<ir_version: 10, opset_import: ["": {opset}]> nothing (float[1] x) => (float[1] y) {{ y = Relu(x) }}'
 WEIGHT_RANGE, RANGES = (-128, 127), ((0, 255), (-128, 127))
 
 
@@ -72,7 +73,7 @@ def to_onnx(model, image_shape, *, opset=OPSET):
     """
     try:
         import onnx
-        import onnxscript  # noqa: F401  torch.onnx.export needs it, and says so less plainly
+        import onnxscript.optimizer
     except ImportError as error:
         raise RuntimeError(
             f"to write ONNX takes the packages onnx and onnxscript ({error}): pip install 'squeeze-and-speed-up[onnxruntime]', "
@@ -91,6 +92,8 @@ def to_onnx(model, image_shape, *, opset=OPSET):
     proto = exported.model_proto
     _forget_source(proto.graph)
     onnx.checker.check_model(proto, full_check=True)
+    # The optimizer remembers the last network that it saw, weights and all: let that be one of a single node.
+    onnxscript.optimizer.optimize(onnx.parser.parse_model(NOTHING.format(opset=opset)))
     return proto.SerializeToString()
 
 
