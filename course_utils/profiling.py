@@ -1,19 +1,15 @@
 """Where the time goes: which kernels ran, by torch's profiler and by oneDNN's own word, and how long each layer took."""
 
-import contextlib
-import ctypes
 import functools
-import os
 import re
 import statistics
-import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
+from .output import captured
 from .tables import Table
 
 INPUT = "(input)"
@@ -64,7 +60,7 @@ def kernels(fn, *, runs=5, warmup=2, mode=torch.no_grad):
     with mode():
         for _ in range(warmup):
             fn()
-        with _captured(2), profile(activities=[ProfilerActivity.CPU]) as seen:  # it logs there
+        with captured(2), profile(activities=[ProfilerActivity.CPU]) as seen:  # it logs there
             for _ in range(runs):
                 fn()
     events = sorted(seen.key_averages(), key=lambda event: -event.self_cpu_time_total)
@@ -116,37 +112,9 @@ def onednn_isa():
 
 
 def _verbose(fn):
-    with _captured(1) as output, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+    with captured(1) as output, torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
         fn()
     return [line.split(",") for line in output[0].splitlines() if line.startswith("onednn_verbose")]
-
-
-@contextlib.contextmanager
-def _captured(descriptor):
-    """Keep what libraries print to a file descriptor, past Python's own streams; the text is in the list on leaving."""
-    text = []
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as file:
-        _flush()
-        before = os.dup(descriptor)
-        os.dup2(file.fileno(), descriptor)
-        try:
-            yield text
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            _flush()
-            os.dup2(before, descriptor)
-            os.close(before)
-            file.seek(0)
-            text.append(file.read().decode(errors="replace"))
-
-
-def _flush():
-    # C has a buffer of its own for what it prints. On Windows there is no such handle, and its runtime prints at once.
-    with contextlib.suppress(OSError, TypeError, AttributeError):
-        ctypes.CDLL(None).fflush(None)
 
 
 class LayerTimes(dict):
@@ -199,11 +167,9 @@ def _graph(model):
     """Return what computes `model` as a graph module."""
     if isinstance(model, torch.fx.GraphModule):
         return model
-    graphs = getattr(model, "graphs", None)
-    if graphs and isinstance(
-        graphs[-1], torch.fx.GraphModule
-    ):  # engine "pt2e": the last of its graphs is the one that runs
-        return graphs[-1]
+    # Of engine "pt2e": the last of its graphs is the one that runs.
+    if isinstance(graph := getattr(model, "graphs", [None])[-1], torch.fx.GraphModule):
+        return graph
     try:
         return torch.fx.symbolic_trace(model)
     except Exception as error:

@@ -175,7 +175,7 @@ def prepare(model, policy, calibration=None, *, scales="mixed", mask=True, gradi
     rounded as if folded. `prepared.policy` is the policy.
 
     calibration: batches of images for the first ranges of activations. scales: `"learned"` (LSQ), `"observed"` (min-max of
-    weights, moving averages of activations), or `"mixed"`: observed for weights of 8 bits and more, whose scales are so small
+    weights, moving averages of activations), or `"mixed"`: observed for 8-bit weights, whose scales are so small
     that a step of the optimizer moves them too far, and learned for everything else. mask: of `StraightThrough`;
     gradient_scale: of `LearnedScale`, None for LSQ's.
 
@@ -192,7 +192,7 @@ def prepare(model, policy, calibration=None, *, scales="mixed", mask=True, gradi
     norms = weights.batch_norms(model) if policy.fold else {}
 
     def weight_quantizer(qparams, bits, w):
-        if scales == "observed" or (scales == "mixed" and bits >= 8):
+        if scales == "observed" or (scales == "mixed" and bits == 8):
             return ObservedScale(qparams, bits, symmetric=policy.symmetric, averaging=1.0, mask=mask)
         return LearnedScale(qparams, count=w.numel() // qparams.scale.numel(), gradient_scale=gradient_scale)
 

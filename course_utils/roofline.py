@@ -73,9 +73,8 @@ def ceilings(*, size=2048, repeats=7, threads=None, megabytes=None):
         with torch.no_grad():
             for precision, ways in _ways(size).items():
                 for name, make in ways.items():
-                    with contextlib.suppress(
-                        RuntimeError, AttributeError, NotImplementedError
-                    ):  # not in this build of torch
+                    # Those are what a way raises that this build of torch does not have.
+                    with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
                         run, operations = make()
                         rate = operations / _best(run, repeats)
                         if rate > peaks.get(precision, 0):

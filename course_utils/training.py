@@ -73,8 +73,12 @@ def finetune(
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # for dropout
     settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "freeze_at": freeze_at, "seed": seed}
-    settings |= {"shift": shift, "label_smoothing": label_smoothing, "bf16": bf16}
-    settings |= {"policy": str(getattr(model, "policy", None))}
+    settings |= {
+        "shift": shift,
+        "label_smoothing": label_smoothing,
+        "bf16": bf16,
+        "policy": str(getattr(model, "policy", None)),
+    }
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history = _load(resume, parts, generator, settings)
     network = model

@@ -1,15 +1,15 @@
-"""What engines outside torch share: a network as the bytes of its file and a callable, images → logits."""
+"""What engines share: reading calibration images, converting quietly, and, outside torch, a network as the bytes of its file."""
 
 import contextlib
 import gc
 import logging
-import os
 import sys
-import tempfile
 import warnings
 
 import torch
 from torch import nn
+
+from ..output import captured
 
 # They remember the device of each network by the network itself.
 UNIQUE_DEVICE = {
@@ -117,16 +117,9 @@ def _export_globals():
 @contextlib.contextmanager
 def mute():
     """Keep away what compiled libraries print past Python; on an error it is added to the exception as a note."""
-    sys.stderr.flush()
-    before = os.dup(2)
-    with tempfile.TemporaryFile() as printed:
-        os.dup2(printed.fileno(), 2)
-        try:
+    try:
+        with captured(2) as printed:
             yield
-        except Exception as error:
-            printed.seek(0)
-            error.add_note(printed.read().decode(errors="replace"))
-            raise
-        finally:
-            os.dup2(before, 2)
-            os.close(before)
+    except Exception as error:
+        error.add_note(printed[0])
+        raise

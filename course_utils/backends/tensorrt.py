@@ -97,9 +97,8 @@ def build(content, image_shape):
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and then float32 is not what is compared with
     profile = builder.create_optimization_profile()
-    profile.set_shape(
-        "images", *((n, *image_shape) for n in (1, 1, MOST_IMAGES))
-    )  # smallest, to be fastest for, largest
+    smallest, fastest, largest = ((n, *image_shape) for n in (1, 1, MOST_IMAGES))
+    profile.set_shape("images", smallest, fastest, largest)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:

@@ -6,8 +6,6 @@ this file only.
 
 import contextlib
 import copy
-import gc
-import warnings
 
 import torch
 from torch import nn
@@ -21,12 +19,11 @@ from torch.ao.quantization import (
     observer,
 )
 from torch.ao.quantization import quantize_dynamic as torch_quantize_dynamic
-from torch.ao.quantization.fx import utils as fx_utils
 from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qat_fx
 
 from .. import affine
 from ..integer import Step
-from . import FAMILIES, PREPARED, Engine
+from . import FAMILIES, PREPARED, Engine, program
 
 
 def engines():
@@ -46,15 +43,12 @@ def quantize_dynamic(model):
 
 
 def quantize_static(model, calibration, recipe):
-    prepared = None
+    first, batches = program.first_and_all(calibration)
     with _quietly(recipe["engine"]):
+        prepared = prepare_fx(copy.deepcopy(model).eval(), _qconfigs(recipe), (first,))
         with torch.no_grad():
-            for images in calibration:
-                if prepared is None:
-                    prepared = prepare_fx(copy.deepcopy(model).eval(), _qconfigs(recipe), (images,))
+            for images in batches:
                 prepared(images)
-        if prepared is None:
-            raise ValueError("the calibration set is empty: activation ranges need at least one batch of real images")
         return convert_fx(prepared)
 
 
@@ -225,16 +219,10 @@ def _quietly(engine):
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = engine
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with program.making():
             yield
     finally:
         torch.backends.quantized.engine = before
-        # Graphs hold reference cycles, and torch caches a fact about each by the graph itself: without what follows
-        # several copies of the network would outlive each conversion.
-        with contextlib.suppress(AttributeError):  # a private function, which torch plans to delete
-            fx_utils.assert_and_get_unique_device.cache_clear()
-        gc.collect()
 
 
 def flatten(model):

@@ -42,6 +42,7 @@ class Recipe:
 def train(recipe, *, device="cpu", progress=True):
     """Return `(quantized network, seconds of training)`; resumes after a kill."""
     calibration = data.batches(data.fashion_mnist("calibration"), 32, limit=256)
+    # Learned in the first and last layer too, as in the network that is stored.
     prepared = qat.prepare(models.load(MODEL), POLICY, calibration, scales="learned")
     resume = files.data_dir() / "checkpoints/resnet18_w2a8.resume.pt"
     bar = tqdm(total=recipe.steps, desc=f"{MODEL} W2A8", unit="step", mininterval=2, disable=not progress)
