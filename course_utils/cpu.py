@@ -103,8 +103,10 @@ def trim_after_each_cell():
         from IPython import get_ipython
     except ImportError:
         return
-    if (shell := get_ipython()) is not None:
-        shell.events.register("post_run_cell", _after_cell)  # twice is once: IPython knows it already
+    shell = get_ipython()
+    if shell is not None and _after_cell not in shell.events.callbacks["post_run_cell"]:
+        gc.freeze()  # what is imported stays: without looking through all of it a collection takes no time
+        shell.events.register("post_run_cell", _after_cell)
 
 
 def _after_cell(_result):

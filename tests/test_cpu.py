@@ -81,8 +81,9 @@ def test_this_machine():
 def test_memory_is_trimmed_after_each_cell_of_a_notebook_and_once_however_often_it_is_asked_for(monkeypatch):
     from IPython.core.interactiveshell import InteractiveShell
 
-    trimmed = []
+    trimmed, frozen = [], []
     monkeypatch.setattr(cpu, "trim_memory", lambda: trimmed.append(1))
+    monkeypatch.setattr("gc.freeze", lambda: frozen.append(1))
     cpu.trim_after_each_cell()  # no notebook yet: nothing happens
     shell = InteractiveShell.instance()
     try:
@@ -92,4 +93,4 @@ def test_memory_is_trimmed_after_each_cell_of_a_notebook_and_once_however_often_
         shell.run_cell("raise ValueError")
     finally:
         InteractiveShell.clear_instance()
-    assert len(trimmed) == 2
+    assert len(trimmed) == 2 and len(frozen) == 1
