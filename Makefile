@@ -12,7 +12,7 @@ NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDG
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all test lint unit test-notebooks lab doctor train train-lowbit arms ladder report lock clean always
+.PHONY: help setup run-all test lint unit test-notebooks lab doctor train train-lowbit arms ladder results report compare lock clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -55,8 +55,14 @@ arms: $(INSTALLED) ## Train the arms of notebook 03 again (an hour; resumes afte
 ladder: $(INSTALLED) ## Measure every rung of the ladder in notebook 02 again (an hour or more; resumes after a stop)
 	@$(PY) -m course_utils.tools.ladder
 
-report: $(INSTALLED) ## Write the results table of README.md again, from the ledger
-	@$(PY) -m course_utils.tools.report
+results: $(INSTALLED) ## Write the results table of README.md again, from the ledger
+	@$(PY) -m course_utils.tools.results
+
+report: $(INSTALLED) ## Measure this machine on every engine it has, into results/report; FAST=1: only a first look
+	@$(PY) -m course_utils.tools.report $(if $(filter-out 0,$(FAST)),--fast)
+
+compare: $(INSTALLED) ## Lay the reports of several machines side by side; REPORTS="a.json b.json", or all of results/reports
+	@$(PY) -m course_utils.tools.compare $(REPORTS)
 
 lock: $(INSTALLED) ## Write the lock files again from pyproject.toml; UPGRADE=1: with the newest versions
 	@$(COMPILE) --extra engines --output-file requirements-engines.lock

@@ -20,14 +20,14 @@ from course_utils.tools import names_from_command_line
 
 FILE = "arms.safetensors"
 SEEDS = (0, 1, 2)
-STEPS = 200
+STEPS, LR = 200, 0.002  # the rate chosen on validation images
 FEW = {"clip": "mse", "observer": "mse", "first_last": 8}
 W8A8, W4A8 = Policy(weights=8, activations=8), Policy(weights=4, activations=8)
 W4A4 = Policy(weights=4, activations=4, **FEW)
 W2A8 = Policy(weights=2, activations=8, clip="mse", first_last=8)
 POLICIES = {"resnet18": (W8A8, W4A8, W4A4, W2A8), "mobilenet_v2": (W4A8, W4A4)}
-LONGER = {("resnet18", W4A4): 400, ("resnet18", W2A8): 400}  # few bits have further to go, and so does their control
-LR = 0.002  # chosen on validation images
+# Few bits have further to go; and where PTQ is close already, large steps lead away first. So do they for the control.
+OTHERWISE = {("resnet18", W4A4): (400, 0.0007), ("resnet18", W2A8): (400, LR)}
 SETTINGS = {"shift": 1, "label_smoothing": 0.1}  # as the networks were trained, and for all arms alike
 BF16 = ("resnet18",)  # pays where dense convolutions dominate
 CURVE = (10, 30, 100)  # steps of the shorter trainings, of MobileNetV2 at W4A8, scored on validation images
@@ -43,7 +43,7 @@ CONTROLLED = ("mobilenet_v2", W4A8)
 
 @dataclass(frozen=True)
 class Arm:
-    """One network: `model` treated as `arm` says, under `policy`, with so many `steps` and `seed`, scored on `split`."""
+    """One network: `model` treated as `arm` says, under `policy`, with so many `steps`, `seed` and `lr`, scored on `split`."""
 
     model: str
     arm: str
@@ -51,21 +51,26 @@ class Arm:
     steps: int = 0
     seed: int | None = None
     split: str = "test"
+    lr: float = LR
+
+
+def training_of(name, policy):
+    """Return `(steps, lr)` of the arms of model `name` under `policy`, the control among them."""
+    return OTHERWISE.get((name, policy), (STEPS, LR))
 
 
 def wanted(name):
     """Return all `Arm`s of model `name`; those that share a training follow one another."""
-    steps = {policy: LONGER.get((name, policy), STEPS) for policy in POLICIES[name]}
-    trainings = [("test", steps)]
+    trainings = [("test", {policy: training_of(name, policy) for policy in POLICIES[name]})]
     if name == CONTROLLED[0]:
-        trainings += [("validation", {CONTROLLED[1]: few}) for few in CURVE]
+        trainings += [("validation", {CONTROLLED[1]: (few, LR)}) for few in CURVE]
     found = []
-    for split, steps in trainings:
-        found += [Arm(name, FP32, split=split), *(Arm(name, PTQ, policy, split=split) for policy in steps)]
+    for split, settings in trainings:
+        found += [Arm(name, FP32, split=split), *(Arm(name, PTQ, policy, split=split) for policy in settings)]
         for seed in SEEDS:
-            found += [Arm(name, CONTROL, None, n, seed, split) for n in sorted(set(steps.values()))]
-            for policy, n in steps.items():
-                found += [Arm(name, kind, policy, n, seed, split) for kind in kinds(name, policy)]
+            found += [Arm(name, CONTROL, None, n, seed, split, lr) for n, lr in sorted(set(settings.values()))]
+            for policy, (n, lr) in settings.items():
+                found += [Arm(name, kind, policy, n, seed, split, lr) for kind in kinds(name, policy)]
     return list(dict.fromkeys(found))
 
 
@@ -94,14 +99,14 @@ class Trainer:
         if arm.arm in SCALES:
             model = qat.prepare(model, arm.policy, self.calibration, scales=SCALES[arm.arm])
             # Without a learning rate nothing learns, but batch norms see the same images and follow them.
-            self._finetune(model, arm, lr=0.0 if arm.arm == STATISTICS else LR)
+            self._finetune(model, arm, lr=0.0 if arm.arm == STATISTICS else arm.lr)
             return qat.convert(model)
         return model.eval()
 
     def _control(self, arm, model):
-        key = arm.model, arm.steps, arm.seed
+        key = arm.model, arm.steps, arm.seed, arm.lr
         if self.control[0] != key:
-            self._finetune(model, arm, lr=LR)
+            self._finetune(model, arm, lr=arm.lr)
             self.control = key, model.eval()
         return self.control[1]
 
@@ -152,7 +157,7 @@ def _write(found):
     keys = [f"{number:03}" for number in range(len(found))]
     tensors = {key: classes.to(torch.uint8) for key, classes in zip(keys, found.values(), strict=True)}
     listed = {key: _row(arm) for key, arm in zip(keys, found, strict=True)}
-    metadata = {"arms": listed, "settings": SETTINGS | {"batch_size": 32, "lr": LR}, "machine": measure.machine()}
+    metadata = {"arms": listed, "settings": SETTINGS | {"batch_size": 32}, "machine": measure.machine()}
     with files.replacing(files.data_dir() / FILE) as partial:
         save_file(tensors, partial, metadata={key: json.dumps(value) for key, value in metadata.items()})
 
@@ -163,13 +168,16 @@ def _checksum(name):
 
 def main():
     names = names_from_command_line(__doc__, POLICIES, "networks to train")
+    every = {arm for name in POLICIES for arm in wanted(name)}
     found = read() if (files.data_dir() / FILE).exists() else {}
+    found = {arm: classes for arm, classes in found.items() if arm in every}  # not those of another recipe
     trainer = Trainer()
     for arm in (bar := tqdm([arm for name in names for arm in wanted(name) if arm not in found], unit="network")):
         found[arm] = predictions(arm, trainer.make(arm))
         _write(found)
         right = (found[arm] == data.fashion_mnist(arm.split).labels).double().mean()
-        bar.write(f"{arm.model}, {arm.policy}, {arm.arm}, {arm.steps} steps, seed {arm.seed}, {arm.split}: {right:.2%}")
+        how = f"{arm.arm}, {arm.steps} steps at {arm.lr:g}, seed {arm.seed}"
+        bar.write(f"{arm.model}, {arm.policy}, {how}, {arm.split}: {right:.2%}")
 
 
 if __name__ == "__main__":

@@ -293,9 +293,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     code = run(only=options.only, fast=options.fast)
     if code == 0 and not options.fast:
-        from course_utils.tools import report
+        from course_utils.tools import results
 
-        report.write_readme()
+        results.write_readme()
     return code
 
 

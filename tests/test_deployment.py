@@ -1,0 +1,104 @@
+"""The ladder of engines: every way is made, timed and judged, and compared with the right FP32."""
+
+import pytest
+import torch
+
+from course_utils import data, deployment, measure, roofline
+from course_utils.deployment import Way
+
+EAGER, FOLDED, BF16 = deployment.WAYS[:3]
+DYNAMIC = next(way for way in deployment.WAYS if way.how == deployment.DYNAMIC)
+
+
+@pytest.fixture(scope="module")
+def static():
+    from course_utils import backends
+
+    engine = backends.default_engine()
+    return next(way for way in deployment.WAYS if way.engine == engine)
+
+
+@pytest.fixture(scope="module")
+def judges():
+    return data.batches(data.fashion_mnist("validation"), 20, limit=40)
+
+
+@pytest.fixture(scope="module")
+def ladder(trained, static, judges):
+    absent = Way("INT8, absent", "tensorrt", "int8", deployment.STATIC, "TensorRT")
+    ways = (EAGER, FOLDED, DYNAMIC, static, absent)
+    return deployment.climb(trained, judges, calibration=judges, judges=judges, ways=ways, rounds=5)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    from course_utils import models
+
+    return models.load("resnet18")
+
+
+def test_each_way_that_runs_is_timed_and_judged_and_the_others_say_why_not(ladder, static, trained):
+    assert list(ladder) == [EAGER.name, FOLDED.name, DYNAMIC.name, static.name]
+    assert list(ladder.missing) == ["INT8, absent"] and "tensorrt" in ladder.missing["INT8, absent"]
+    eager, int8 = ladder[EAGER.name], ladder[static.name]
+    assert eager.timing.speedup == 1 and eager.judged.agreement == 1
+    assert 3.8 < eager.bytes / int8.bytes < 4.1 and 43e6 < ladder[FOLDED.name].bytes < eager.bytes
+    assert int8.judged.n == 40 and int8.judged.second.value > 0.5
+
+
+def test_the_float_network_that_counts_is_the_fastest_of_its_own_family(ladder, static):
+    fastest = min((ladder[EAGER.name], ladder[FOLDED.name]), key=lambda rung: rung.timing.median)
+    for rung in ladder.values():
+        assert rung.fp32 == fastest.way.name
+    ratios = [a / b for a, b in zip(fastest.timing.times, ladder[static.name].timing.times, strict=True)]
+    assert ladder[static.name].over_fp32[0] == pytest.approx(sorted(ratios)[len(ratios) // 2])
+
+
+def test_the_best_rung_of_a_precision_and_none_where_there_is_none(ladder, static):
+    int8 = [ladder[DYNAMIC.name], ladder[static.name]]
+    assert ladder.best() is min(int8, key=lambda rung: rung.timing.median)
+    assert ladder.best("bf16") is None and ladder.best("int8", families=("OpenVINO",)) is None
+
+
+def test_the_table_has_the_slowest_first_and_says_how_it_was_taken(ladder):
+    rows = ladder.table().rows
+    assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+    own = next(row for row in rows if row[0] == next(iter(ladder.values())).fp32)
+    assert own[4] == "–", "the fastest FP32 is not compared with itself"
+    assert "64 × 64, 5 interleaved rounds an engine" in str(ladder) and "40 images" in str(ladder)
+
+
+def test_without_the_first_way_there_is_nothing_to_compare_with(trained, judges):
+    absent = Way("FP32, absent", "tensorrt", "fp32", deployment.DEPLOY, "TensorRT")
+    with pytest.raises(ValueError, match="nothing to compare with: FP32, absent does not run here: .*tensorrt"):
+        deployment.climb(trained, judges, ways=(absent, EAGER), rounds=3)
+
+
+def test_who_judges_must_calibrate(trained, judges):
+    with pytest.raises(ValueError, match="pass calibration="):
+        deployment.climb(trained, judges, judges=judges)
+
+
+def test_the_share_of_the_limit_is_the_least_time_over_the_measured_one(ladder, static, trained):
+    ceilings = roofline.Ceilings({"FP32": 1e11, "INT8": 4e11}, 1e20, 1, {})
+    macs = sum(work.operations for work in roofline.layers(trained, (3, 64, 64)))
+    for name, peak in ((EAGER.name, 1e11), (static.name, 4e11)):
+        share = deployment.of_ceiling(ladder[name], ceilings, trained, 64)
+        assert share == pytest.approx(macs / peak / (ladder[name].timing.median / 1000))
+    assert deployment.of_ceiling(ladder[DYNAMIC.name], ceilings, trained, 64) is None
+    without = roofline.Ceilings({"FP32": 1e11}, 1e20, 1, {})
+    assert deployment.of_ceiling(ladder[static.name], without, trained, 64) is None
+
+
+@pytest.mark.parametrize("way", deployment.WAYS, ids=lambda way: way.name)
+def test_every_way_computes_the_network(way, trained, judges):
+    try:
+        candidate = deployment.make(way, trained, judges, (3, 64, 64))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    images = next(iter(judges))[0]
+    with torch.no_grad():
+        expected, got = trained(images), candidate(images)
+    agree = (expected.argmax(1) == got.argmax(1)).double().mean()
+    assert got.dtype == torch.float32 and agree >= 0.9
+    assert measure.predictions(candidate, judges)[0].shape == (40,)
