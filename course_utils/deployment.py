@@ -86,32 +86,18 @@ class Ladder(dict):
 
     def table(self):
         """Return the ladder as a `Table`, the slowest rung first."""
-        first = next(iter(self))
-        columns = [
-            "",
-            "median ms",
-            "quartiles",
-            f"over {first}",
-            "over its own FP32",
-            "accuracy",
-            "same prediction",
-            "file",
-        ]
+        first, judged = next(iter(self)), any(rung.judged for rung in self.values())
+        columns = ["", "median ms", "quartiles", f"over {first}", "over its own FP32"]
+        columns += ["accuracy", "same prediction", "file"] if judged else ["file"]
         rows = []
         for rung in sorted(self.values(), key=lambda rung: -rung.timing.median):
-            t, judged = rung.timing, rung.judged
-            rows.append(
-                [
-                    rung.way.name,
-                    f"{t.median:.2f}",
-                    f"{t.q1:.2f} – {t.q3:.2f}",
-                    f"{t.speedup:.2f}× [{t.speedup_low:.2f}, {t.speedup_high:.2f}]",
-                    "–" if rung.way.name == rung.fp32 else "{:.2f}× [{:.2f}, {:.2f}]".format(*rung.over_fp32),
-                    "–" if judged is None else f"{judged.second.value:.2%}",
-                    "–" if judged is None else f"{judged.agreement:.2%}",
-                    f"{rung.bytes / 1e6:.1f} MB",
-                ]
-            )
+            t = rung.timing
+            row = [rung.way.name, f"{t.median:.2f}", f"{t.q1:.2f} – {t.q3:.2f}"]
+            row.append(f"{t.speedup:.2f}× [{t.speedup_low:.2f}, {t.speedup_high:.2f}]")
+            row.append("–" if rung.way.name == rung.fp32 else "{:.2f}× [{:.2f}, {:.2f}]".format(*rung.over_fp32))
+            if judged:
+                row += [f"{rung.judged.second.value:.2%}", f"{rung.judged.agreement:.2%}"]
+            rows.append([*row, f"{rung.bytes / 1e6:.1f} MB"])
         return Table(columns, rows)
 
     def __str__(self):

@@ -309,20 +309,6 @@ def figures(report):
 def markdown(report, pictures):
     """Return the report as Markdown. pictures: name of a figure → its address."""
     machine, conditions, tie = report["machine"], report["conditions"], report["aa_test"]
-    eager = report["ladder"][0]
-    ladder = Table(
-        [
-            "",
-            "median ms",
-            f"over {eager['name']}",
-            "over its own FP32",
-            "of the limit",
-            "accuracy",
-            "same prediction",
-            "file",
-        ],
-        [_ladder_row(rung) for rung in sorted(report["ladder"], key=lambda rung: -rung["ms"]["median"])],
-    )
     limits = [[name, f"{rate / 1e9:,.0f} G operations/s"] for name, rate in report["ceilings"]["operations"].items()]
     limits.append(["memory", f"{report['ceilings']['bandwidth'] / 1e9:.1f} GB/s"])
     energies = [[e["name"], f"{1000 * e['joules']:.3g} mJ", e["kind"], e["source"]] for e in report["energy"]]
@@ -338,7 +324,7 @@ def markdown(report, pictures):
         f"{tie['contained']} of {tie['repeats']} repeats. A ratio that is off by less than {tie['resolution']:.1%} could not be "
         "told from 1.",
         "## The ladder",
-        ladder.markdown(),
+        table(report).markdown(),
         f"![ladder]({pictures['ladder']})",
         *([f"Not run here:\n\n{_bullets(report['missing'])}"] if report["missing"] else []),
         "## The limit",
@@ -350,6 +336,22 @@ def markdown(report, pictures):
         "---\n\nMade by `make report` of Squeeze & Speed Up. Its `report.json` can be laid beside others with `make compare`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(report):
+    """Return a report's ladder as a `Table`, the slowest rung first."""
+    first, rungs = report["ladder"][0]["name"], sorted(report["ladder"], key=lambda rung: -rung["ms"]["median"])
+    columns = [
+        "",
+        "median ms",
+        f"over {first}",
+        "over its own FP32",
+        "of the limit",
+        "accuracy",
+        "same prediction",
+        "file",
+    ]
+    return Table(columns, [_ladder_row(rung) for rung in rungs])
 
 
 def _ladder_row(rung):

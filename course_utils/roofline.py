@@ -16,7 +16,7 @@ from .tables import Table
 BITS = {"FP32": 32, "BF16": 16, "INT8": 8}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ceilings:
     """What this machine reached: `peaks`, operations a second by precision (a multiplication and an addition are two), and
     `bandwidth`, bytes a second read and written. how: dict of the same names and `"bandwidth"` → what reached it."""
@@ -37,6 +37,8 @@ class Ceilings:
 
     def __str__(self):
         return f"{self.table()}\n{self.threads} threads"
+
+    __repr__ = __str__
 
     def _repr_markdown_(self):
         return f"{self.table()._repr_markdown_()}\n\n{self.threads} threads"

@@ -86,7 +86,7 @@ class Timings(dict):
         return f"{self.rounds} interleaved rounds, {self.threads} threads"
 
 
-def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad, settle=0, items=1, confidence=0.95):
+def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad, settle=1, items=1, confidence=0.95):
     """Time callables against each other in interleaved rounds and return their `Timings`; the first is the baseline.
 
     contenders: dict of name → callable without arguments. Each round calls every contender once, starting one further each
@@ -94,8 +94,9 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
     do not. threads: torch threads during the timing (default: as they are); engines outside of torch have their own setting.
     mode: what calls run under, `torch.no_grad`, `torch.inference_mode`, or `contextlib.nullcontext` for engines that know
     neither; one for all, or a dict of name → mode (who is not in it gets `torch.no_grad`).
-    settle: calls of a contender before each one that counts. Without any, a contender finds the caches full of the last one's
-    weights, and its cores shared with the last one's threads for as long as these wait actively, as those of ONNX Runtime do.
+    settle: calls of a contender before each one that counts, as in a service that runs one model again and again. Without any, a
+    contender finds the caches full of the weights of the one before, which is the same in most rounds, and its cores shared
+    with the other's threads for as long as these wait actively, as those of ONNX Runtime do.
     items: what one call works on, for the throughput. confidence: of the intervals.
 
     The garbage collector rests meanwhile, as in Python's `timeit`: its pauses would hit whoever happens to run.
@@ -188,17 +189,18 @@ def aa_test(fn, *, repeats=20, confidence=0.99, **options):
 
 
 def overhead(fn, *, calls=40, rounds=10):
-    """Return `(share, low, high)`: what `latency` takes beyond a bare loop over `fn`, as a share of the loop, with its interval.
+    """Return `(share, low, high)`: what `latency` takes beyond each call of `fn`, as a share of it, with its interval.
 
-    Both are timed by `latency` itself, in interleaved rounds of `calls` calls each.
+    What it takes is that of timing an empty function, `calls` times and with all that comes before and after, divided by
+    `calls`. (A loop over `fn` itself, with and without `latency`, differs by less than such loops differ among themselves.)
     """
 
-    def bare():
-        for _ in range(2 * (calls // 2)):
-            fn()
+    def empty():
+        return sum(range(100))  # a microsecond, for clocks that do not see less
 
     def timed():
-        latency({"A": fn, "A again": fn}, rounds=calls // 2, warmup=0)
+        latency({"A": empty, "A again": empty}, rounds=calls // 2, warmup=0, settle=0)
 
-    found = latency({"measure.latency": timed, "bare loop": bare}, rounds=rounds, warmup=1)["bare loop"]
-    return found.speedup - 1, found.speedup_low - 1, found.speedup_high - 1
+    found = latency({"measure.latency": timed, "call": fn}, rounds=rounds)
+    each = [ms / (2 * (calls // 2)) for ms in found["measure.latency"].times]
+    return bootstrap_ratio(each, found["call"].times)

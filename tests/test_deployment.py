@@ -68,6 +68,12 @@ def test_the_table_has_the_slowest_first_and_says_how_it_was_taken(ladder):
     assert "64 × 64, 5 interleaved rounds an engine" in str(ladder) and "40 images" in str(ladder)
 
 
+def test_without_judges_there_is_no_accuracy_to_show(trained, judges):
+    found = deployment.climb(trained, judges, ways=(EAGER, FOLDED), rounds=3)
+    assert all(rung.judged is None for rung in found.values())
+    assert "accuracy" not in found.table().columns and "images" not in str(found).partition("rounds")[2]
+
+
 def test_without_the_first_way_there_is_nothing_to_compare_with(trained, judges):
     absent = Way("FP32, absent", "tensorrt", "fp32", deployment.DEPLOY, "TensorRT")
     with pytest.raises(ValueError, match="nothing to compare with: FP32, absent does not run here: .*tensorrt"):

@@ -13,6 +13,7 @@ EXPECTED = (
     "03_quantization_aware_training",
     "04_benchmarking",
     "05_int4_experiments",
+    "06_deployment",
 )
 
 

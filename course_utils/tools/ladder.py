@@ -27,13 +27,18 @@ NEAREST = ("nearest", "bias correction")
 EQUALIZED = ("equalization", "equalization, bias correction")
 ADAROUND = ("AdaRound", "AdaRound, bias correction")
 # Rungs that share the expensive part, the rounding, are measured together; the cheap ones come first. Equalization is for
-# the fragile network: in ResNet18 only pairs inside a block can be equalized. AdaRound takes up to a minute a rung.
+# the fragile network: in ResNet18 only pairs inside a block can be equalized. AdaRound starts from ranges of least squared
+# error, as its authors have it, and takes a minute or two a rung, so it comes where the others are about to fall.
 CLIPS, GRANULARITIES = ("minmax", "mse"), ("tensor", "channel", 32)
-ACTIVATIONS = (None, 8)
 GRID = [
-    (name, repairs, Policy(weights=bits, granularity=granularity, clip=clip))
-    for repairs, names in ((NEAREST, MODELS), (EQUALIZED, MODELS[1:]), (ADAROUND, MODELS))
-    for bits, granularity, clip, name in itertools.product(range(2, 9), GRANULARITIES, CLIPS, names)
+    (name, repairs, (None, 8), Policy(weights=bits, granularity=granularity, clip=clip))
+    for repairs, names in ((NEAREST, MODELS), (EQUALIZED, MODELS[1:]))
+    for bits, granularity, clip, name in itertools.product(range(8, 1, -1), GRANULARITIES, CLIPS, names)
+]
+GRID += [
+    (name, ADAROUND, (None,), Policy(weights=bits, granularity=granularity, clip="mse"))
+    for name in MODELS
+    for bits, granularity in ((4, "channel"), (3, "channel"), (2, 32))
 ]
 FEW = {"observer": "mse", "clip": "mse"}
 HEADLINES = [  # chosen on validation images, scored on the test images once
@@ -108,7 +113,10 @@ def _float_predictions(name, split, limit):
 def main():
     names = names_from_command_line(__doc__, MODELS, "networks to measure")
     jobs = [(name, policy, repairs, (bits,), "test", None) for name, repairs, policy, bits in HEADLINES]
-    jobs += [(name, policy, repairs, ACTIVATIONS, "validation", VALIDATION_IMAGES) for name, repairs, policy in GRID]
+    jobs += [
+        (name, policy, repairs, activations, "validation", VALIDATION_IMAGES)
+        for name, repairs, activations, policy in GRID
+    ]
     done = {(r.model, str(r.policy), r.repair, r.split) for r in (read() if (files.data_dir() / FILE).exists() else ())}
     todo = [job for job in jobs if job[0] in names and not _wanted(*job) <= done]
     for job in (bar := tqdm(todo, unit="job")):
