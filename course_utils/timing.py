@@ -90,7 +90,8 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
     """Time callables against each other in interleaved rounds and return their `Timings`; the first is the baseline.
 
     contenders: dict of name → callable without arguments. Each round calls every contender once, starting one further each
-    time, so that drift and noise of the machine meet all of them alike. rounds, warmup: calls of each that count, and that
+    time, and the other way round every other time through, so that drift and noise of the machine, and what the one before
+    leaves behind, meet all of them alike. rounds, warmup: calls of each that count, and that
     do not. threads: torch threads during the timing (default: as they are); engines outside of torch have their own setting.
     mode: what calls run under, `torch.no_grad`, `torch.inference_mode`, or `contextlib.nullcontext` for engines that know
     neither; one for all, or a dict of name → mode (who is not in it gets `torch.no_grad`).
@@ -112,8 +113,7 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
     gc.disable()
     try:
         for index in range(-warmup, rounds):
-            start = index % len(names)
-            for name in names[start:] + names[:start]:
+            for name in _order(names, index):
                 call = contenders[name]
                 with modes[name]():
                     for _ in range(settle):
@@ -130,6 +130,13 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
             gc.enable()
     timings = [_timing(name, times[name], times[names[0]], items, confidence) for name in names]
     return Timings(timings, rounds, used, confidence)
+
+
+def _order(names, index):
+    """Return the order of one round. Turning alone would leave each contender behind the same one in nearly all rounds."""
+    start = index % len(names)
+    order = names[start:] + names[:start]
+    return order[::-1] if len(names) > 2 and index // len(names) % 2 else order
 
 
 def _timing(name, times, baseline, items, confidence):

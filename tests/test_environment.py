@@ -15,7 +15,7 @@ from tests.toys import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOCK, ENGINES_LOCK, TORCH = "requirements.lock", "requirements-engines.lock", "requirements-torch.txt"
-VERBS = "setup run-all test lab doctor train report clean help lint lock".split()
+VERBS = "setup run-all test lab doctor train results report compare clean help lint lock".split()
 
 
 def pins(name):

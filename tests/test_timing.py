@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import sys
 import time
 
 import pytest
@@ -89,6 +90,17 @@ def test_calls_run_under_the_mode_that_they_are_given():
     seen.clear()
     timing.latency(contenders, rounds=3, mode=torch.inference_mode)
     assert set(seen.values()) == {(False, True)}
+
+
+def test_nobody_always_follows_the_same_contender():
+    names = ["a", "b", "c"]
+    for place in range(3):
+        assert {timing._order(names, index)[place] for index in range(6)} == set(names)
+    before = {
+        (order[i], order[i + 1]) for index in range(6) for i in range(2) if (order := timing._order(names, index))
+    }
+    assert before == {(a, b) for a in names for b in names if a != b}
+    assert [timing._order(["a", "b"], index) for index in range(2)] == [["a", "b"], ["b", "a"]]
 
 
 def test_a_contender_can_settle_before_each_call_that_counts(monkeypatch):

@@ -104,7 +104,12 @@ def test_a_stopped_run_goes_on_where_it_was(folder, monkeypatch):
 def test_the_stored_ladder_is_that_of_the_networks_that_are_here():
     found = ladder.read()
     assert {r.model for r in found} == set(ladder.MODELS)
-    asked = {(name, repair, str(policy)) for name, repairs, policy in ladder.GRID for repair in repairs}
+    asked = {
+        (name, repair, str(ladder.replace(policy, activations=bits)))
+        for name, repairs, activations, policy in ladder.GRID
+        for repair in repairs
+        for bits in activations
+    }
     stored = {(r.model, r.repair, str(r.policy)) for r in found if r.split == "validation"}
     assert asked <= stored, "rungs are missing: run `make ladder`"
     assert all(r.comparison.n == 10_000 for r in found if r.split == "test")

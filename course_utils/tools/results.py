@@ -1,12 +1,15 @@
-"""Write the README's results from the ledger: `make results`; a full `make run-all` does it at its end."""
+"""Write the README's results from the ledger and the stored report: `make results`; a full `make run-all` does it at its end."""
 
 from pathlib import Path
 
-from course_utils import files, ledger
+from course_utils import files, ledger, report
 from course_utils.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN, END = "<!-- results: written by `make results` from data/ledger.json -->", "<!-- end of results -->"
+BEGIN, END = (
+    "<!-- results: written by `make results` from data/ledger.json and data/report.json -->",
+    "<!-- end of results -->",
+)
 MODELS = ("FP32", "PTQ INT8", "QAT INT8", "packed INT4", "packed 2-bit weights, QAT")
 COLUMNS = {  # column title → quantity in the ledger
     "blog: size": "size, as the blog claims",
@@ -44,7 +47,22 @@ def results(path):
     lines.append(
         "Fewer than 8 bits have no speeds here: no CPU library has a convolution kernel for them; the file is what shrinks."
     )
+    lines += ["", *_engines(report.read(files.data_dir() / "report.json"))]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _engines(content):
+    machine, conditions = content["machine"], content["conditions"]
+    return [
+        f"On every engine, one image of {conditions['size']} × {conditions['size']} pixels (notebook 06; `make report` on "
+        f"{machine['cpu']}, {machine['threads']} threads, {content['date']}):",
+        "",
+        report.table(content).markdown(),
+        "",
+        "Each engine in a process of its own, its ways and eager FP32 in interleaved rounds. *Its own FP32* is the fastest FP32 of "
+        "the same engine, so that INT8 is not credited with compilation. *The limit* is the machine's measured arithmetic and "
+        f"bandwidth. Accuracy and predictions: {conditions['test_images']:,} test images.",
+    ]
 
 
 def write_readme(readme=ROOT / "README.md", path=None):
