@@ -105,7 +105,7 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
     """
     if not contenders or rounds < 3:
         raise ValueError(f"need at least one contender and 3 rounds, got {len(contenders)} and {rounds}")
-    names = list(contenders)
+    names, orders = list(contenders), _orders(list(contenders))
     modes = {name: mode.get(name, torch.no_grad) if isinstance(mode, dict) else mode for name in names}
     times = {name: [] for name in names}
     threads_before, collecting = torch.get_num_threads(), gc.isenabled()
@@ -113,7 +113,7 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
     gc.disable()
     try:
         for index in range(-warmup, rounds):
-            for name in _order(names, index):
+            for name in orders[index % len(orders)]:
                 call = contenders[name]
                 with modes[name]():
                     for _ in range(settle):
@@ -132,11 +132,10 @@ def latency(contenders, *, rounds=40, warmup=5, threads=None, mode=torch.no_grad
     return Timings(timings, rounds, used, confidence)
 
 
-def _order(names, index):
-    """Return the order of one round. Turning alone would leave each contender behind the same one in nearly all rounds."""
-    start = index % len(names)
-    order = names[start:] + names[:start]
-    return order[::-1] if len(names) > 2 and index // len(names) % 2 else order
+def _orders(names):
+    """Return the orders of the rounds. Turning alone would leave each behind the same one in nearly all rounds."""
+    turned = [names[start:] + names[:start] for start in range(len(names))]
+    return turned + [order[::-1] for order in turned]
 
 
 def _timing(name, times, baseline, items, confidence):

@@ -27,13 +27,13 @@ def test_without_a_gpu_or_the_package_it_was_not_run_here(block, calibration, mo
     monkeypatch.setattr(tensorrt.importlib.util, "find_spec", lambda name: None)
     (found,) = backends.engines("tensorrt")
     assert not found.runs
-    assert found.why.startswith("not run here: no NVIDIA GPU that torch can use; tensorrt is not installed")
+    assert found.why.startswith("no NVIDIA GPU that torch can use; tensorrt is not installed")
     assert "squeeze-and-speed-up[tensorrt]" in found.why
     for make in (
         lambda: backends.quantize_static(block, calibration, engine="tensorrt"),
         lambda: backends.deploy(block, engine="tensorrt"),
     ):
-        with pytest.raises(RuntimeError, match="'tensorrt' does not run here: not run here: no NVIDIA GPU"):
+        with pytest.raises(RuntimeError, match="'tensorrt' does not run here: no NVIDIA GPU"):
             make()
 
 

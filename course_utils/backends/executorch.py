@@ -92,6 +92,7 @@ def _open(content, image_shape):
         if portable_lib._threadpool_get_thread_count() != torch.get_num_threads():
             portable_lib._unsafe_reset_threadpool(torch.get_num_threads())
         method = Runtime.get().load_program(content).load_method("forward")
+        method.execute([torch.zeros(1, *image_shape)])  # the first call prints what it does not find
 
     def run(images):
         # Copied, because the next image is computed in the same memory.

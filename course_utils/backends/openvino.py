@@ -15,6 +15,7 @@ import copy
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import openvino
 import torch
@@ -43,17 +44,21 @@ def quantize_static(model, calibration, recipe):
 
         images = [batch.detach().contiguous().numpy() for batch in batches]
         ranges = {"minmax": RangeEstimatorParametersSet.MINMAX, "histogram": RangeEstimatorParametersSet.HISTOGRAM}
-        quantized = nncf.quantize(
-            network,
-            nncf.Dataset(images),
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(images),
-            advanced_parameters=advanced.AdvancedQuantizationParameters(
-                overflow_fix=advanced.OverflowFix.ENABLE if recipe["reduce_range"] else advanced.OverflowFix.DISABLE,
-                activations_range_estimator_params=ranges[recipe["observer"]],
-                weights_quantization_params=advanced.QuantizationParameters(per_channel=recipe["per_channel"]),
-            ),
-        )
+        # In a notebook NNCF's progress bars would be widgets, displayed past the standard output.
+        with mock.patch("rich.console._is_jupyter", lambda: False, create=True):
+            quantized = nncf.quantize(
+                network,
+                nncf.Dataset(images),
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(images),
+                advanced_parameters=advanced.AdvancedQuantizationParameters(
+                    overflow_fix=advanced.OverflowFix.ENABLE
+                    if recipe["reduce_range"]
+                    else advanced.OverflowFix.DISABLE,
+                    activations_range_estimator_params=ranges[recipe["observer"]],
+                    weights_quantization_params=advanced.QuantizationParameters(per_channel=recipe["per_channel"]),
+                ),
+            )
     return _open(_content(quantized), image_shape, "int8")
 
 

@@ -12,7 +12,7 @@ import importlib.util
 
 import torch
 
-from . import INSTALL, Engine, export, program
+from . import Engine, export, program
 
 SELF_CONTAINED = True
 FILE = "onnx"
@@ -24,9 +24,11 @@ def engines():
     """Return the one engine of this family, and what is missing for it."""
     missing = [] if torch.cuda.is_available() else ["no NVIDIA GPU that torch can use"]
     if importlib.util.find_spec("tensorrt") is None:
-        missing.append(f"tensorrt is not installed (on a machine with an NVIDIA GPU: {INSTALL.format('tensorrt')})")
+        missing.append(
+            "tensorrt is not installed (on a machine with an NVIDIA GPU: pip install 'squeeze-and-speed-up[tensorrt]')"
+        )
     if missing:
-        return [Engine("tensorrt", False, f"not run here: {'; '.join(missing)}")]
+        return [Engine("tensorrt", False, "; ".join(missing))]
     import tensorrt as trt
 
     return [Engine("tensorrt", True, f"tensorrt {trt.__version__}, {torch.cuda.get_device_name()}")]
