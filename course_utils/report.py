@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import backends, cost, data, deployment, energy, files, measure, models, plots, roofline
+from . import backends, cost, data, deployment, energy, files, measure, models, roofline
 from .tables import Table
 
 FORMAT = "squeeze-report-1"
@@ -283,6 +283,8 @@ def read(path):
 
 def figures(report):
     """Return the report's pictures: a dict of name → figure."""
+    from . import plots
+
     ladder = sorted(report["ladder"], key=lambda rung: rung["over_eager"]["value"])
     layers, ceilings = report["layers"], report["ceilings"]
     points = {
@@ -392,6 +394,8 @@ def write(report, folder):
 
     Raises `ReportError` for one that `SCHEMA` does not allow, before anything is written.
     """
+    import matplotlib.pyplot as plt
+
     check(report)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,7 +404,7 @@ def write(report, folder):
         with files.replacing(folder / f"{name}.png") as partial:
             figure.savefig(partial, format="png", dpi=110)
             inside[name] = "data:image/png;base64," + base64.b64encode(partial.read_bytes()).decode()
-        plots.plt.close(figure)
+        plt.close(figure)
     files.write_text(paths[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     files.write_text(paths[1], markdown(report, {name: f"{name}.png" for name in inside}))
     files.write_text(paths[2], html(markdown(report, inside)))
