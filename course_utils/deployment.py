@@ -12,7 +12,7 @@ import torch
 from . import backends, cpu, measure, roofline, weights
 from .backends.eager import DTYPES
 from .stats import bootstrap_ratio
-from .tables import Table
+from .tables import Shown, Table
 
 AS_IT_IS, DEPLOY, DYNAMIC, STATIC = "as it is", "deploy", "quantize_dynamic", "quantize_static"
 LIMITS = {"fp32": "FP32", "bf16": "BF16", "int8": "INT8"}  # precision of a way → of `roofline.ceilings`
@@ -70,7 +70,7 @@ class Rung:
     bytes: int
 
 
-class Ladder(dict):
+class Ladder(Shown, dict):
     """Name of a way → `Rung`, in the order of `WAYS`. missing: name → why it is not here. size: of the images, in pixels."""
 
     def __init__(self, rungs, missing, size, rounds, threads):
@@ -99,14 +99,6 @@ class Ladder(dict):
                 row += [f"{rung.judged.second.value:.2%}", f"{rung.judged.agreement:.2%}"]
             rows.append([*row, f"{rung.bytes / 1e6:.1f} MB"])
         return Table(columns, rows)
-
-    def __str__(self):
-        return f"{self.table()}\n{self._how()}"
-
-    __repr__ = __str__
-
-    def _repr_markdown_(self):
-        return f"{self.table()._repr_markdown_()}\n\n{self._how()}"
 
     def _how(self):
         judged = next((rung.judged for rung in self.values() if rung.judged is not None), None)

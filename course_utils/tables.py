@@ -30,3 +30,16 @@ class Table:
         return "\n".join("| " + " | ".join(str(c) for c in line) + " |" for line in lines)
 
     _repr_markdown_ = markdown
+
+
+class Shown:
+    """For results that print as their `table()`, plain or as Markdown, with a line below it that says how they were taken."""
+
+    def __str__(self):
+        return f"{self.table()}\n{self._how()}"
+
+    def __repr__(self):
+        return str(self)
+
+    def _repr_markdown_(self):
+        return f"{self.table()._repr_markdown_()}\n\n{self._how()}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .stats import bootstrap_ratio
-from .tables import Table
+from .tables import Shown, Table
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Timing:
         return 1000 * self.items / self.median
 
 
-class Timings(dict):
+class Timings(Shown, dict):
     """The `Timing` of each contender by name; prints as a table. `rounds`, `threads` and `confidence` say how they were taken."""
 
     def __init__(self, timings, rounds, threads, confidence=0.95):
@@ -73,14 +73,6 @@ class Timings(dict):
             Measurement(1, [ms / 1000 for ms in t.times], TaskSpec(t.name, "", num_threads=self.threads))
             for t in self.values()
         ]
-
-    def __str__(self):
-        return f"{self.table()}\n{self._how()}"
-
-    __repr__ = __str__
-
-    def _repr_markdown_(self):
-        return f"{self.table()._repr_markdown_()}\n\n{self._how()}"
 
     def _how(self):
         return f"{self.rounds} interleaved rounds, {self.threads} threads"
