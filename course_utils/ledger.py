@@ -74,13 +74,15 @@ def format_entry(entry):
     return text if entry["source"] == "measured" else f"{text} ({entry['source']})"
 
 
-def claim(text, holds, *, measured=None):
+def claim(text, holds, *, measured=None, anywhere=True):
     """Print whether a statement of the lesson holds in this run, with what was measured.
 
-    ✔ when it does. ✘ when it does not: then believe the measurement, not the lesson.
+    ✔ when it does. ✘ when it does not: then believe the measurement, not the lesson. anywhere: whether it must hold on any
+    machine; of one that hangs on the processor, or on how quiet the machine is, a – says that it does not hold on this one.
     """
     suffix = "" if measured is None else f"  (measured: {measured})"
-    print(f"{'✔' if holds else '✘ does not hold here:'} {text}{suffix}")
+    refuted = "✘ does not hold here:" if anywhere else "– not on this machine:"
+    print(f"{'✔' if holds else refuted} {text}{suffix}")
 
 
 def merge(source, target):

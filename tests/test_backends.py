@@ -73,7 +73,10 @@ def test_all_21_layers_of_resnet18_hold_integers_and_no_batch_norm_is_left(int8)
 def test_int8_logits_are_close_to_the_float_ones(resnet18, int8, images):
     expected, found = outputs(resnet18, images), outputs(int8, images)
     assert found.dtype == torch.float32
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    bits = (
+        7 if backends.recipe_of(int8)["reduce_range"] else 8
+    )  # of activations: with one fewer a step is twice as wide
+    assert (found - expected).norm() < 0.05 * 2 ** (8 - bits) * expected.norm()
 
 
 def test_the_int8_file_is_a_quarter_of_the_float_one(resnet18, saved):

@@ -195,6 +195,13 @@ def int8(request, trained):
     return backends.quantize_static(trained, calibration, per_channel=request.param)
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["per channel", "per tensor"])
+def full_range(request, trained):
+    """All 8 bits of activations, whatever the engine here needs: `IntegerModel` then tells what would overflow."""
+    calibration = data.batches(data.fashion_mnist("calibration"), 64, limit=128)
+    return backends.quantize_static(trained, calibration, per_channel=request.param, reduce_range=False)
+
+
 @pytest.fixture(scope="module")
 def photos():
     return next(iter(data.batches(data.fashion_mnist("validation"), 60)))[0]
@@ -342,14 +349,14 @@ def test_pair_saturation_of_a_convolution_loses_tap_by_tap(geometry, zero_point,
     assert torch.equal(integer.PairSaturation(w, **geometry)(q, zero_point).long(), expected)
 
 
-def test_seven_bits_leave_nothing_to_lose(int8, photos):
+def test_seven_bits_leave_nothing_to_lose():
     worst = torch.full((8, 64), 127, dtype=torch.int8)
     assert not integer.PairSaturation(worst)(torch.full((2, 64), 127, dtype=torch.uint8), 0).any()
     assert integer.PairSaturation(worst)(torch.full((2, 64), 255, dtype=torch.uint8), 0).all()
 
 
-def test_a_saturating_model_differs_from_the_exact_one_only_where_pairs_overflow(int8, photos):
-    exact, saturating = integer.IntegerModel(int8), integer.IntegerModel(int8, pair_saturation=True)
+def test_a_saturating_model_differs_from_the_exact_one_only_where_pairs_overflow(full_range, photos):
+    exact, saturating = integer.IntegerModel(full_range), integer.IntegerModel(full_range, pair_saturation=True)
     values = {"": photos[:10]}
     differing = 0
     for step in exact.steps:

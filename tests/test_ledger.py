@@ -165,7 +165,11 @@ def test_a_table_shows_units_intervals_gaps_and_what_was_not_measured():
 def test_a_claim_prints_what_holds_and_what_was_measured(capsys):
     ledger.claim("INT8 is smaller", 3 > 2, measured="3.98×")
     ledger.claim("INT8 is faster", False)
+    ledger.claim("INT8 is faster", False, anywhere=False)
+    ledger.claim("INT8 is faster", True, anywhere=False)
     assert capsys.readouterr().out.splitlines() == [
         "✔ INT8 is smaller  (measured: 3.98×)",
         "✘ does not hold here: INT8 is faster",
+        "– not on this machine: INT8 is faster",
+        "✔ INT8 is faster",
     ]

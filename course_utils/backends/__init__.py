@@ -169,9 +169,9 @@ def deploy(model, *, engine, precision="fp32", image_shape=(3, 64, 64)):
 
     engine and precision: a pair of `PRECISIONS`. With `"fp32"`, `"bf16"` and `"fp16"`, model is a float32 module in evaluation
     mode, which is left as it is: what quantized models of the same engine have to be compared with. With `"int8"` it is a
-    network of `simulate.quantize` or `qat.convert` with 8 bits for all weights and activations, whose very integers the
-    engine gets (`export_onnx`); they have no headroom where `needs_headroom` asks for it. image_shape: of one image; most
-    engines take no other afterwards.
+    network of `simulate.quantize` or `qat.convert` with 8 bits for activations and at most 8 for weights, whose very integers
+    the engine gets (`export_onnx`): where `needs_headroom` says so, give weights 7. image_shape: of one image; most engines
+    take no other afterwards.
 
     In all of them batch norms are folded (`weights.fold_batch_norm`, or by the engine itself), memory is laid out as the
     engine likes it best, and gradients are off. `"torch"` is eager torch; `"inductor"` is torch.compile with frozen weights,

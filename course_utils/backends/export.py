@@ -2,7 +2,7 @@
 
 A pair of the two (Q/DQ) says where a tensor is an integer, with which scale and zero point, and leaves to the runtime which
 kernels to take: this is how a network quantized elsewhere comes to ONNX Runtime, OpenVINO or TensorRT ("explicit
-quantization"). Weights are stored as INT8, followed by DequantizeLinear alone.
+quantization"). Weights are stored as INT8, also those of fewer bits, followed by DequantizeLinear alone.
 
 The pairs stand where the course's simulation rounds: before each layer. What a layer adds up stays float32 until the next
 one, additions of residual blocks too. OpenVINO and TensorRT then run every layer on integers; ONNX Runtime those whose result
@@ -19,7 +19,7 @@ from .. import affine, weights
 
 OPSET = 18
 NOTHING = '<ir_version: 10, opset_import: ["": {opset}]> nothing (float[1] x) => (float[1] y) {{ y = Relu(x) }}'
-WEIGHT_RANGE, RANGES = (-128, 127), ((0, 255), (-128, 127))
+RANGES = (0, 255), (-128, 127)
 
 
 class _Explicit(nn.Module):
@@ -68,8 +68,8 @@ def to_onnx(model, image_shape, *, opset=OPSET):
     model: a module in evaluation mode that torch.export can trace; of `simulate.quantize` or `qat.convert`, the integers of
     weights are exactly the network's (`affine.quantize` of its weights), scales and zero points too.
 
-    Raises `ValueError` for weights or activations of other than 8 bits, weights with a zero point or in groups, which the
-    runtimes have no kernels for, and for a network that is still in training; `RuntimeError` without onnx and onnxscript.
+    Raises `ValueError` for activations of other than 8 bits, weights with a zero point or in groups, which the runtimes have
+    no kernels for, and for a network that is still in training; `RuntimeError` without onnx and onnxscript.
     """
     try:
         import onnx
@@ -128,10 +128,10 @@ def symmetric(network):
 def _check_bits(name, layer):
     found = getattr(layer, "weight_qparams", None)
     if found is not None:
-        if (found.qmin, found.qmax) != WEIGHT_RANGE or found.zero_point.any():
+        if found.dtype != torch.int8 or found.zero_point.any():
             raise ValueError(
                 f"{name} has weights with integers {found.qmin}..{found.qmax} and zero points up to "
-                f"{int(found.zero_point.abs().max())}: only symmetric 8-bit weights can be exported, so use Policy(weights=8)"
+                f"{int(found.zero_point.abs().max())}: only symmetric weights can be exported, so leave Policy(symmetric=True)"
             )
         if found.group_size is not None:
             raise ValueError(
