@@ -56,6 +56,11 @@ def has_vnni():
     return bool(flags() & {"avx512_vnni", "avx_vnni"})
 
 
+def has_bf16():
+    """Return whether the processor has arithmetic for BF16; without it BF16 is emulated, many times slower than FP32."""
+    return bool(flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def cores():
     """Return how many logical cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from . import data, files, qat
+from . import cpu, data, files, qat
 
 KEEP_EVERY = 10  # steps between two copies of weights that are known to be good
 
@@ -52,8 +52,9 @@ def finetune(
     a `data.Images` set; each batch is drawn from it by `seed`, mirrored half of the time, moved by up to `shift` pixels. lr:
     falls to zero along a half cosine. freeze_at: share of the steps after which quantization ranges and batch-norm statistics
     stand still, so that the last steps train the network that will be converted (Krishnamoorthi 2018, section 4; Jacob et al.
-    2018, section 3.1). SGD with momentum 0.9 on the cross-entropy with the true labels. bf16: autocast to BF16.
-    device: where to train; the model comes back to the CPU. on_step: called as `on_step(step, model)` after each step.
+    2018, section 3.1). SGD with momentum 0.9 on the cross-entropy with the true labels. bf16: autocast to BF16, except on a
+    processor without arithmetic for it. device: where to train; the model comes back to the CPU. on_step: called as
+    `on_step(step, model)` after each step.
 
     resume: a file that keeps the state every `save_every` steps; if it is there, training goes on from it and ends as if
     nothing had happened. It is removed at the end. In a process group (`torchrun`), `batch_size` is that of all processes
@@ -67,6 +68,7 @@ def finetune(
         raise ValueError(f"steps must be at least 1, got {steps}")
     if batch_size % world:
         raise ValueError(f"a batch of {batch_size} images cannot be shared by {world} processes: take a multiple")
+    bf16 = bf16 and (torch.device(device).type != "cpu" or cpu.has_bf16())
     model.to(device, memory_format=torch.channels_last).train()  # the layout that convolution kernels like best
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

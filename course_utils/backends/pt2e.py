@@ -7,9 +7,12 @@ Engine `"pt2e"` puts the kernels into the graph, which Python then runs. `"pt2e-
 makes one program of what is between them, and needs a C++ compiler. Their results differ in single roundings at most.
 """
 
+import contextlib
 import copy
+import functools
 import importlib.metadata
 import operator
+from unittest import mock
 
 import torch
 from torch import nn
@@ -35,6 +38,7 @@ with _quietly():
         MovingAverageMinMaxObserver,
         MovingAveragePerChannelMinMaxObserver,
         PerChannelMinMaxObserver,
+        qat_utils,
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e, prepare_qat_pt2e
     from torchao.quantization.pt2e.quantizer import QuantizationSpec
@@ -180,7 +184,31 @@ def _prepare(model, image_shape, recipe):
     training = recipe["kind"] in ("qat", PREPARED)
     quantizer = X86InductorQuantizer().set_global(_config(recipe, training))
     exported = _export(copy.deepcopy(model).train(training), _example(image_shape)).module()
-    return (prepare_qat_pt2e if training else prepare_pt2e)(exported, quantizer)
+    with _only_convolutions_that_are_there():
+        return (prepare_qat_pt2e if training else prepare_pt2e)(exported, quantizer)
+
+
+@contextlib.contextmanager
+def _only_convolutions_that_are_there():
+    """Keep torchao from looking for batch norms after kinds of convolutions that a network does not have.
+
+    It exports two dozen small networks for each kind that it knows, which takes longer than all the rest. Should its functions
+    have other names one day, it takes that time again.
+    """
+
+    def if_there(look):
+        @functools.wraps(look)
+        def only_then(graph, convolution, *args, **kwargs):
+            there = any(convolution.__name__ in str(node.target) for node in graph.graph.nodes)
+            return look(graph, convolution, *args, **kwargs) if there else graph
+
+        return only_then
+
+    with contextlib.ExitStack() as patches:
+        for name in ("_fuse_conv_bn_qat_helper", "_fold_conv_bn_qat_helper"):
+            if look := getattr(qat_utils, name, None):
+                patches.enter_context(mock.patch.object(qat_utils, name, if_there(look)))
+        yield
 
 
 def _set_mode(graph, *, batch_norm, dropout):
@@ -197,7 +225,8 @@ def _set_mode(graph, *, batch_norm, dropout):
 def _convert(prepared):
     """Return the graph in integers and scales, without the float weights it came from."""
     _set_mode(prepared, batch_norm=False, dropout=False)
-    graph = convert_pt2e(prepared)
+    with _only_convolutions_that_are_there():
+        graph = convert_pt2e(prepared)
     for node in graph.graph.nodes:
         if node.target in (QUANTIZE, DEQUANTIZE) and node.args[5] == torch.uint8:
             # Headroom narrows the scale only: kernels that round to 8 bits saturate at 255, and so shall all others.

@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 
-from course_utils import data, files, int4, measure, models, qat, training
+from course_utils import cpu, data, files, int4, measure, models, qat, training
 from course_utils.simulate import Policy
 
 MODEL = "resnet18"
@@ -97,7 +97,7 @@ def main():
     device = parser.parse_args().device
     if device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("there is no CUDA device here: leave --device out to train on the CPU")
-    recipe = Recipe()
+    recipe = Recipe(bf16=device != "cpu" or cpu.has_bf16())
     with process_group(device) as (rank, device):
         began = time.perf_counter()
         quantized, seconds = train(recipe, device=device, progress=rank == 0)

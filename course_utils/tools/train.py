@@ -5,14 +5,14 @@ last whole epoch exactly as if nothing had happened.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from course_utils import data, files, measure, models
+from course_utils import cpu, data, files, measure, models
 from course_utils.tools import names_from_command_line
 
 
@@ -177,8 +177,9 @@ def publish(name, model, recipe, seconds):
 def main():
     names = names_from_command_line(__doc__, RECIPES, "models to train")
     for name in names:
-        model, seconds = train(name, RECIPES[name])
-        score = publish(name, model, RECIPES[name], seconds)
+        recipe = replace(RECIPES[name], bf16=RECIPES[name].bf16 and cpu.has_bf16())
+        model, seconds = train(name, recipe)
+        score = publish(name, model, recipe, seconds)
         print(f"{name}: {score} on the test set, {seconds / 60:.1f} min of training → data/{models.checkpoint(name)}")
 
 
