@@ -148,7 +148,8 @@ class Contract:
             other = backends.quantize_static(block, calibration, engine=self.engine, **option)
             assert option.items() <= backends.recipe_of(other).items()
             assert not torch.equal(other(images), int8(images)), f"{option} changed nothing"
-            assert relative_error(other(images), int8(images)) < 0.1
+            overflows = not option.get("reduce_range", True)  # asked for only where the default leaves headroom
+            assert overflows or relative_error(other(images), int8(images)) < 0.1
             backends.save(other, tmp_path / "model")
             assert torch.equal(backends.load(tmp_path / "model")(images), other(images))
 
