@@ -14,6 +14,7 @@ from . import cost, cpu
 from .tables import Table
 
 BITS = {"FP32": 32, "BF16": 16, "INT8": 8}
+SLOW = 1  # second: what would take longer for a single run is measured on less work
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,12 +74,11 @@ def ceilings(*, size=2048, repeats=7, threads=None, megabytes=None):
     try:
         peaks, how = {}, {}
         with torch.no_grad():
-            for precision, ways in _ways(size).items():
+            for precision, ways in WAYS.items():
                 for name, make in ways.items():
                     # Those are what a way raises that this build of torch does not have.
                     with contextlib.suppress(RuntimeError, AttributeError, NotImplementedError):
-                        run, operations = make()
-                        rate = operations / _best(run, repeats)
+                        rate = _rate(make, size, repeats)
                         if rate > peaks.get(precision, 0):
                             peaks[precision], how[precision] = rate, name
             bandwidth, how["bandwidth"] = _bandwidth(megabytes, repeats)
@@ -118,21 +118,17 @@ def achieved(layers, milliseconds):
     ]
 
 
-def _ways(size):
-    return {
-        "FP32": {
-            "matrix product": lambda: _matrices(size, torch.float32),
-            "convolution": lambda: _convolution(size, torch.float32),
-        },
-        "BF16": {
-            "matrix product": lambda: _matrices(size, torch.bfloat16),
-            "convolution": lambda: _convolution(size, torch.bfloat16),
-        },
-        "INT8": {
-            "int8 × int8 matrix product": lambda: _int8_matrices(size),
-            "uint8 × int8 linear layer of oneDNN": lambda: _int8_linear(size),
-        },
-    }
+def _rate(make, size, repeats):
+    """Return the operations a second of one way to a precision.
+
+    What is emulated, such as BF16 on an older processor, would take many seconds: it shows on a sixty-fourth of the work.
+    """
+    run, operations = make(size // 4)
+    seconds = _best(run, repeats)
+    if 64 * seconds < SLOW:
+        run, operations = make(size)
+        seconds = _best(run, repeats)
+    return operations / seconds
 
 
 def _matrices(size, dtype):
@@ -175,6 +171,22 @@ def _int8_linear(size):
     return run, 2 * size**3
 
 
+WAYS = {  # precision → name of a way to its kernels → function that makes it: size → (function to time, operations)
+    "FP32": {
+        "matrix product": lambda size: _matrices(size, torch.float32),
+        "convolution": lambda size: _convolution(size, torch.float32),
+    },
+    "BF16": {
+        "matrix product": lambda size: _matrices(size, torch.bfloat16),
+        "convolution": lambda size: _convolution(size, torch.bfloat16),
+    },
+    "INT8": {
+        "int8 × int8 matrix product": _int8_matrices,
+        "uint8 × int8 linear layer of oneDNN": _int8_linear,
+    },
+}
+
+
 def _bandwidth(megabytes, repeats):
     cache = cpu.last_level_cache()
     if megabytes is None:
@@ -191,10 +203,7 @@ def _bandwidth(megabytes, repeats):
 
 
 def _best(run, repeats):
-    """Return the seconds of the fastest of so many runs, after one that does not count: a ceiling is what can be reached.
-
-    What is emulated, such as BF16 on an older processor, takes seconds a run: then one or two are enough.
-    """
+    """Return the seconds of the fastest of so many runs, after one that does not count: a ceiling is what can be reached."""
     run()
     seconds = []
     while len(seconds) < repeats and sum(seconds) < 1:

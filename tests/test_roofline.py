@@ -56,25 +56,33 @@ def test_ceilings_of_this_machine_are_found_with_what_reached_them():
 
 
 def test_the_best_way_counts_and_one_that_this_torch_lacks_is_passed_over(monkeypatch):
-    def missing():
+    def missing(size):
         raise NotImplementedError
 
     ways = {
-        "FP32": {"slow": lambda: ("slow", 100), "quick": lambda: ("quick", 100), "missing": missing},
+        "FP32": {"slow": lambda size: (0.002, size), "quick": lambda size: (0.001, size), "missing": missing},
         "INT8": {"missing": missing},
     }
-    monkeypatch.setattr(roofline, "_ways", lambda size: ways)
-    monkeypatch.setattr(roofline, "_best", lambda run, repeats: {"slow": 2, "quick": 1}.get(run, 1))
-    found = roofline.ceilings(megabytes=1)
-    assert found.peaks == {"FP32": 100} and found.how["FP32"] == "quick"
+    monkeypatch.setattr(roofline, "WAYS", ways)
+    monkeypatch.setattr(roofline, "_best", lambda run, repeats: run if isinstance(run, float) else 1)
+    found = roofline.ceilings(size=100, megabytes=1)
+    assert found.peaks == {"FP32": 100 / 0.001} and found.how["FP32"] == "quick"
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.001, [64, 256]), (0.02, [64])])
+def test_what_is_emulated_is_measured_on_less_work(seconds, sizes, monkeypatch):
+    asked = []
+    monkeypatch.setattr(roofline, "_best", lambda run, repeats: seconds)
+    rate = roofline._rate(lambda size: (None, asked.append(size) or size**3), 256, 3)
+    assert asked == sizes and rate == sizes[-1] ** 3 / seconds
 
 
 def test_every_way_counts_the_operations_that_it_makes():
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN")
-    for ways in roofline._ways(64).values():
+    for ways in roofline.WAYS.values():
         for make in ways.values():
-            run, operations = make()
+            run, operations = make(64)
             out = run()
             per_output = 64 if out.ndim == 2 else 9 * out.shape[1]
             assert operations == 2 * out.numel() * per_output
