@@ -35,7 +35,7 @@ unit: $(INSTALLED) ## The unit tests alone
 
 test-notebooks: $(INSTALLED) ## The notebooks alone, executed and compared
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(NOTEBOOK_ENV) $(PY) -m pytest \
-		--nbval --nbval-current-env --nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+		--nbval --nbval-current-env --nbval-cell-timeout 900 --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
 
 lab: $(INSTALLED) ## Open the course in JupyterLab
 	@$(PY) -m jupyterlab notebooks
