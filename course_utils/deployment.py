@@ -208,13 +208,15 @@ def _bytes(way, model, made):
 
 
 def of_ceiling(rung, ceilings, model, size):
-    """Return which share of the machine's limit a rung reaches, or None where the limit of its precision was not measured.
+    """Return which share of the machine's limit a rung reaches, or None where its precision has none.
+
+    It has none where it was not measured, or where it is lower than that of FP32, because the processor only emulates it.
 
     The limit is the least time that `ceilings` allow the convolutions and linear layers of `model`, each the slower of its
     arithmetic and its bytes, in one image of `size` pixels (`roofline.least_seconds`).
     """
     name = LIMITS.get(rung.way.precision)
-    if name not in ceilings.peaks or rung.way.how == DYNAMIC:  # which computes nearly all in FP32
+    if ceilings.peaks.get(name, 0) < ceilings.peaks["FP32"] or rung.way.how == DYNAMIC:  # which computes mostly in FP32
         return None
     works = roofline.layers(model, (3, size, size), roofline.BITS[name])
     return 1000 * roofline.least_seconds(ceilings, works, name) / rung.timing.median

@@ -402,7 +402,7 @@ def write(report, folder):
     inside, paths = {}, [folder / f"report.{kind}" for kind in ("json", "md", "html")]
     for name, figure in figures(report).items():
         with files.replacing(folder / f"{name}.png") as partial:
-            figure.savefig(partial, format="png", dpi=110)
+            figure.savefig(partial, format="png", dpi=110, bbox_inches="tight")
             inside[name] = "data:image/png;base64," + base64.b64encode(partial.read_bytes()).decode()
         plt.close(figure)
     files.write_text(paths[0], json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -1,9 +1,12 @@
 """What is printed past Python: kept away, handed over, and the stream put back."""
 
+import io
 import os
+import sys
 
 import pytest
 
+from course_utils.backends import program
 from course_utils.output import captured
 
 
@@ -21,3 +24,13 @@ def test_an_error_passes_and_the_text_is_there(capfd):
         os.write(2, b"why")
         raise KeyError
     assert text == ["why"] and capfd.readouterr().err == ""
+
+
+def test_engines_are_mute_in_a_notebook_too_where_stderr_is_no_file(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
+    with pytest.raises(KeyError) as error, program.mute():
+        os.write(2, b"by C, ")
+        sys.stderr.write("by C++")
+        raise KeyError
+    assert shown.getvalue() == capfd.readouterr().err == ""
+    assert error.value.__notes__ == ["by C, by C++"]

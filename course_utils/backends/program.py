@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import io
 import logging
 import sys
 import warnings
@@ -116,10 +117,12 @@ def _export_globals():
 
 @contextlib.contextmanager
 def mute():
-    """Keep away what compiled libraries print past Python; on an error it is added to the exception as a note."""
+    """Keep away what compiled libraries print past Python, or through its `sys.stderr`, which in a notebook is no file; on an
+    error it is added to the exception as a note."""
+    said = io.StringIO()
     try:
-        with captured(2) as printed:
+        with captured(2) as printed, contextlib.redirect_stderr(said):
             yield
     except Exception as error:
-        error.add_note(printed[0])
+        error.add_note(printed[0] + said.getvalue())
         raise
