@@ -61,7 +61,7 @@ results: $(INSTALLED) ## Write the results table of README.md again, from the le
 report: $(INSTALLED) ## Measure this machine on every engine it has, into results/report; FAST=1: only a first look
 	@$(PY) -m course_utils.tools.report $(if $(filter-out 0,$(FAST)),--fast)
 
-compare: $(INSTALLED) ## Lay the reports of several machines side by side; REPORTS="a.json b.json", or all of results/reports
+compare: $(INSTALLED) ## Lay your report beside the course's and those in results/reports, or others: REPORTS="a.json b.json"
 	@$(PY) -m course_utils.tools.compare $(REPORTS)
 
 lock: $(INSTALLED) ## Write the lock files again from pyproject.toml; UPGRADE=1: with the newest versions

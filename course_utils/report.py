@@ -16,6 +16,7 @@ from .tables import Table
 
 FORMAT = "squeeze-report-1"
 NETWORK = "resnet18"
+REFERENCE = "avx512-vnni"  # of the reports that come with the course, that of the machine it was made on
 
 
 def _object(description, properties, optional=()):
@@ -279,6 +280,11 @@ def read(path):
         raise ReportError(f"{path} is not JSON ({error}): make it again with `make report`") from None
     check(content, str(path))
     return content
+
+
+def stored(name=REFERENCE):
+    """Return one of the reports that come with the course, `data/reports/<name>.json`; errors as in `read`."""
+    return read(files.data_dir() / "reports" / f"{name}.json")
 
 
 def figures(report):

@@ -111,18 +111,31 @@ def test_missing_and_broken_files_are_named(tmp_path):
         report.read(tmp_path / "half.json")
 
 
-def test_make_compare_takes_files_or_the_whole_folder(content, tmp_path, capsys):
-    folder = tmp_path / "results" / "reports"  # COURSE_RESULTS of every test
-    assert compare.main([]) == 2 and "Collect report.json files" in capsys.readouterr().err
-    for name in ("mine", "theirs"):
-        report.write(content, folder / name)
-        (folder / name / "report.json").rename(folder / f"{name}.json")
-    assert compare.main([]) == 0
-    assert "| mine | theirs |" in (tmp_path / "results/compare.md").read_text(encoding="utf-8")
-    assert "<table>" in (tmp_path / "results/compare.html").read_text(encoding="utf-8")
+def test_make_compare_lays_yours_beside_those_you_collected_and_those_of_the_course(
+    content, tmp_path, capsys, monkeypatch
+):
+    def columns(*arguments):
+        assert compare.main([str(argument) for argument in arguments]) == 0
+        assert "<table>" in (tmp_path / "results/compare.html").read_text(encoding="utf-8")
+        lines = (tmp_path / "results/compare.md").read_text(encoding="utf-8").splitlines()
+        return [cell.strip() for cell in next(line for line in lines if line.startswith("|")).strip("| ").split("|")]
+
+    of_the_course = sorted(path.stem for path in (report.files.data_dir() / "reports").glob("*.json"))
+    assert report.REFERENCE in of_the_course and columns() == of_the_course
+    report.write(content, tmp_path / "results/report")  # as `make report` does, for results/ is that of this test
+    assert columns() == ["this machine", *of_the_course]
+    collected = tmp_path / "results/reports"
+    collected.mkdir()
+    (tmp_path / "results/report/report.json").rename(collected / "theirs.json")
+    assert columns() == ["theirs", *of_the_course]
     for name in ("a", "b"):
         report.write(content, tmp_path / name)
-    assert compare.main([str(tmp_path / name / "report.json") for name in ("a", "b")]) == 0, "named by their folders"
-    assert "| a | b |" in (tmp_path / "results/compare.md").read_text(encoding="utf-8")
-    assert compare.main([str(folder / "mine.json"), str(folder / "mine.json")]) == 2
+    assert columns(*(tmp_path / name / "report.json" for name in ("a", "b"))) == ["a", "b"], "named by their folders"
+    assert compare.main([str(collected / "theirs.json")] * 2) == 2
     assert "the same name" in capsys.readouterr().err
+    (collected / "theirs.json").unlink()
+    (tmp_path / report.files.MANIFEST).write_text("{}")
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path))
+    assert (
+        compare.main([]) == 2 and "at least two reports" in (said := capsys.readouterr().err) and "make report" in said
+    )

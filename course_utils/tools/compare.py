@@ -1,6 +1,7 @@
 """Lay the reports of several machines side by side: `make compare`, or `python -m course_utils.tools.compare [FILE.json ...]`.
 
-Without files, all of results/reports. The result goes to results/compare.md and results/compare.html.
+Without files: your own (`make report`), those that you collected in results/reports, and those that come with the course. The
+result goes to results/compare.md and results/compare.html.
 """
 
 import argparse
@@ -15,12 +16,15 @@ def main(arguments=None):
         prog="python -m course_utils.tools.compare", description=__doc__.partition("\n")[0]
     )
     parser.add_argument("reports", nargs="*", type=Path, help="report.json of each machine, under a name of its own")
-    folder = files.results_dir() / "reports"
-    paths = parser.parse_args(arguments).reports or sorted(folder.glob("*.json"))
+    paths = parser.parse_args(arguments).reports
+    own, folder = files.results_dir() / "report" / "report.json", files.results_dir() / "reports"
+    if not paths:
+        paths = [path for place in (folder, files.data_dir() / "reports") for path in sorted(place.glob("*.json"))]
+        paths = [own, *paths] if own.exists() else paths
     if len({path.stem for path in paths}) < len(paths):  # most are called report.json, each in a folder of its own
         labels = [path.parent.name for path in paths]
     else:
-        labels = [path.stem for path in paths]
+        labels = ["this machine" if path == own else path.stem for path in paths]
     try:
         if len(set(labels)) < len(labels):
             raise report.ReportError(
@@ -29,7 +33,8 @@ def main(arguments=None):
         text = report.compare({label: report.read(path) for label, path in zip(labels, paths, strict=True)})
     except report.ReportError as error:
         print(
-            f"{error}\nCollect report.json files of several machines in {folder}, each under a name of its own.",
+            f"{error}\nMake yours with `make report`, and collect those of other machines in {folder}, each under a name of its "
+            "own.",
             file=sys.stderr,
         )
         return 2

@@ -7,7 +7,7 @@ from course_utils.tables import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = (
-    "<!-- results: written by `make results` from data/ledger.json and data/report.json -->",
+    "<!-- results: written by `make results` from data/ledger.json and data/reports -->",
     "<!-- end of results -->",
 )
 MODELS = ("FP32", "PTQ INT8", "QAT INT8", "packed INT4", "packed 2-bit weights, QAT")
@@ -47,7 +47,7 @@ def results(path):
     lines.append(
         "Fewer than 8 bits have no speeds here: no CPU library has a convolution kernel for them; the file is what shrinks."
     )
-    lines += ["", *_engines(report.read(files.data_dir() / "report.json"))]
+    lines += ["", *_engines(report.stored())]
     return "\n".join(line.rstrip() for line in lines)
 
 
