@@ -282,9 +282,10 @@ def read(path):
     return content
 
 
-def stored(name=REFERENCE):
-    """Return one of the reports that come with the course, `data/reports/<name>.json`; errors as in `read`."""
-    return read(files.data_dir() / "reports" / f"{name}.json")
+def stored():
+    """Return the reports that come with the course, a dict of name → report: `REFERENCE` first. Errors as in `read`."""
+    paths = sorted((files.data_dir() / "reports").glob("*.json"), key=lambda path: (path.stem != REFERENCE, path.stem))
+    return {path.stem: read(path) for path in paths}
 
 
 def figures(report):

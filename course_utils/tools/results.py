@@ -47,7 +47,8 @@ def results(path):
     lines.append(
         "Fewer than 8 bits have no speeds here: no CPU library has a convolution kernel for them; the file is what shrinks."
     )
-    lines += ["", *_engines(report.stored())]
+    first, *others = report.stored().values()
+    lines += ["", *_engines(first), *map(_fastest, others)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -63,6 +64,18 @@ def _engines(content):
         "the same engine, so that INT8 is not credited with compilation. *The limit* is the machine's measured arithmetic and "
         f"bandwidth. Accuracy and predictions: {conditions['test_images']:,} test images.",
     ]
+
+
+def _fastest(content):
+    machine = content["machine"]
+    best = min((r for r in content["ladder"] if r["precision"] == "int8"), key=lambda rung: rung["ms"]["median"])
+    eager, own = (
+        "{value:.2f}× [{low:.2f}, {high:.2f}]".format(**best[ratio]) for ratio in ("over_eager", "over_own_fp32")
+    )
+    return (
+        f"\nOn {machine['cpu']} with {', '.join(machine['isa'])} only, the fastest is {best['name']}: {eager} as fast as eager "
+        f"FP32, {own} as its own. `make compare` lays the two, and yours, side by side."
+    )
 
 
 def write_readme(readme=ROOT / "README.md", path=None):
