@@ -367,8 +367,8 @@ def _ladder_row(rung):
     return [
         rung["name"],
         f"{rung['ms']['median']:.2f}",
-        _times(rung["over_eager"]),
-        "–" if rung["name"] == rung["own_fp32"] else _times(rung["over_own_fp32"]),
+        times(rung["over_eager"]),
+        "–" if rung["name"] == rung["own_fp32"] else times(rung["over_own_fp32"]),
         f"{rung['of_ceiling']:.0%}" if "of_ceiling" in rung else "–",
         f"{rung['accuracy']['value']:.2%}",
         f"{rung['agreement']:.2%}",
@@ -376,7 +376,8 @@ def _ladder_row(rung):
     ]
 
 
-def _times(ratio):
+def times(ratio):
+    """Return a ratio of a report, a dict of value, low and high, as text: `3.39× [3.27, 3.50]`."""
     return "{value:.2f}× [{low:.2f}, {high:.2f}]".format(**ratio)
 
 
@@ -447,8 +448,8 @@ def compare(reports):
         f"# {len(reports)} machines side by side",
         *warning,
         Table(["", *reports], machines).markdown(),
-        column("Times as fast as eager FP32 on the same machine", lambda rung: _times(rung["over_eager"])),
-        column("Times as fast as the fastest FP32 of the same engine", lambda rung: _times(rung["over_own_fp32"])),
+        column("Times as fast as eager FP32 on the same machine", lambda rung: times(rung["over_eager"])),
+        column("Times as fast as the fastest FP32 of the same engine", lambda rung: times(rung["over_own_fp32"])),
         column("Milliseconds an image", lambda rung: f"{rung['ms']['median']:.2f}"),
         column("Accuracy", lambda rung: f"{rung['accuracy']['value']:.2%}"),
     ]

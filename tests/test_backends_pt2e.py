@@ -306,3 +306,18 @@ def test_resnet18_is_a_quarter_of_its_float_file_and_leaves_no_float_copy_behind
 
 def test_a_process_that_quantizes_resnet18_stays_small(runs):
     assert measure.peak_memory(quantize_resnet18).total < 1.4 * 2**30
+
+
+def test_only_kinds_of_convolutions_that_are_there_are_looked_for(runs, monkeypatch):
+    family, looked = sys.modules["course_utils.backends.pt2e"], []
+
+    def look(graph, convolution):
+        looked.append(convolution)
+        return graph
+
+    monkeypatch.setattr(family.qat_utils, "_fold_conv_bn_qat_helper", look)
+    graph = torch.export.export(nn.Conv2d(3, 4, 1), (torch.zeros(1, 3, 4, 4),)).module()
+    kinds = nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv_transpose2d
+    with family._only_convolutions_that_are_there():
+        assert all(family.qat_utils._fold_conv_bn_qat_helper(graph, kind) is graph for kind in kinds)
+    assert looked == [nn.functional.conv2d] and family.qat_utils._fold_conv_bn_qat_helper is look

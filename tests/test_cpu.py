@@ -94,3 +94,11 @@ def test_memory_is_trimmed_after_each_cell_of_a_notebook_and_once_however_often_
     finally:
         InteractiveShell.clear_instance()
     assert len(trimmed) == 2 and len(frozen) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({"avx2", "avx512f"}, False), ({"avx512_bf16"}, True), ({"bf16"}, True)]
+)
+def test_bf16_arithmetic_is_told_by_the_flags(flags, expected, monkeypatch):
+    monkeypatch.setattr(cpu, "flags", lambda: flags)
+    assert cpu.has_bf16() == expected

@@ -235,3 +235,13 @@ def test_a_batch_that_processes_cannot_share_is_refused(some, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="32 images cannot be shared by 3 processes"):
         training.finetune(tiny(), some, steps=1)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_bf16_is_taken_only_where_the_processor_computes_in_it(here, some, monkeypatch):
+    monkeypatch.setattr(training.cpu, "has_bf16", lambda: here)
+    dtypes = []
+    model = tiny()
+    model.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    training.finetune(model, some, steps=1, bf16=True)
+    assert dtypes == [torch.bfloat16 if here else torch.float32]

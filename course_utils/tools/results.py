@@ -69,9 +69,7 @@ def _engines(content):
 def _fastest(content):
     machine = content["machine"]
     best = min((r for r in content["ladder"] if r["precision"] == "int8"), key=lambda rung: rung["ms"]["median"])
-    eager, own = (
-        "{value:.2f}× [{low:.2f}, {high:.2f}]".format(**best[ratio]) for ratio in ("over_eager", "over_own_fp32")
-    )
+    eager, own = report.times(best["over_eager"]), report.times(best["over_own_fp32"])
     return (
         f"\nOn {machine['cpu']} with {', '.join(machine['isa'])} only, the fastest is {best['name']}: {eager} as fast as eager "
         f"FP32, {own} as its own. `make compare` lays the two, and yours, side by side."
