@@ -12,7 +12,7 @@ NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDG
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all test lint unit test-notebooks lab doctor train train-lowbit arms ladder results report compare lock clean always
+.PHONY: help setup run-all test lint unit test-notebooks lab doctor train train-lowbit train-lm arms ladder results report compare lock clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -48,6 +48,9 @@ train: $(INSTALLED) ## Train the course's models again from the committed data (
 
 train-lowbit: $(INSTALLED) ## Train ResNet18 with 2-bit weights again (half an hour; resumes after a stop)
 	@$(PY) -m course_utils.tools.lowbit
+
+train-lm: $(INSTALLED) ## Train the language model of notebook 05 again (up to 40 minutes; resumes after a stop)
+	@$(PY) -m course_utils.tools.train_lm
 
 arms: $(INSTALLED) ## Train the arms of notebook 03 again (an hour; resumes after a stop)
 	@$(PY) -m course_utils.tools.arms

@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from . import affine, files, models, simulate, weights
+from .rounding.awq import InputScale, scale_input
 
-FORMAT = "squeeze-packed-2"
+FORMAT = "squeeze-packed-3"
+EARLIER = ("squeeze-packed-2",)  # without scaled inputs
 
 
 def pack(q, bits=4):
@@ -24,11 +26,13 @@ def pack(q, bits=4):
         low, high = int(q.min()), int(q.max())
         if low < -(2 ** (bits - 1)) or high > (2 ** (bits - 1) if low < 0 else 2**bits) - 1:
             raise ValueError(f"values {low}..{high} do not fit in {bits} bits")
-    # Eight codes of `bits` bits fill exactly `bits` bytes, so the work goes in blocks of eight codes.
-    codes = nn.functional.pad(q.to(torch.int64) & (2**bits - 1), (0, -len(q) % 8)).view(-1, 8)
-    word = (codes << (bits * torch.arange(8))).sum(1)
-    packed = (word[:, None] >> (8 * torch.arange(bits))) & 255
-    return packed.to(torch.uint8).reshape(-1)[: _packed_bytes(len(q), bits)].clone()
+    # Eight codes of `bits` bits fill exactly `bits` bytes; uint8 drops the bits of a code that belong to the next byte.
+    codes = q.to(torch.uint8).bitwise_and_(2**bits - 1)
+    codes = nn.functional.pad(codes, (0, -len(q) % 8)).view(-1, 8)
+    packed = torch.zeros(len(codes), bits, dtype=torch.uint8)
+    for code, byte, shift in _overlaps(bits):
+        packed[:, byte] |= codes[:, code] << shift if shift >= 0 else codes[:, code] >> -shift
+    return packed.reshape(-1)[: _packed_bytes(len(q), bits)].clone()
 
 
 def unpack(packed, shape, bits=4, *, signed=True):
@@ -42,13 +46,22 @@ def unpack(packed, shape, bits=4, *, signed=True):
         raise ValueError(
             f"{n} integers of {bits} bits need {_packed_bytes(n, bits)} bytes of uint8, got {packed.numel()} of {packed.dtype}"
         )
-    blocks = nn.functional.pad(packed.reshape(-1), (0, -packed.numel() % bits)).view(-1, bits).to(torch.int64)
-    word = (blocks << (8 * torch.arange(bits))).sum(1)
-    codes = (word[:, None] >> (bits * torch.arange(8))) & (2**bits - 1)
+    blocks = nn.functional.pad(packed.reshape(-1), (0, -packed.numel() % bits)).view(-1, bits)
+    codes = torch.zeros(len(blocks), 8, dtype=torch.uint8)
+    for code, byte, shift in _overlaps(bits):
+        codes[:, code] |= blocks[:, byte] >> shift if shift >= 0 else blocks[:, byte] << -shift
     codes = codes.reshape(-1)[:n].reshape(shape)
-    if signed:
-        return (codes - ((codes >> (bits - 1)) << bits)).to(torch.int8)
-    return codes.to(torch.uint8)
+    if signed:  # at the top of the byte the sign bit is int8's own, and shifting back copies it
+        return (codes << (8 - bits)).view(torch.int8) >> (8 - bits)
+    return codes & (2**bits - 1)
+
+
+def _overlaps(bits):
+    """Yield `(code, byte, shift)`: code `code` of eight, shifted left by `shift` (right if negative), has bits in byte `byte`."""
+    for code in range(8):
+        first, last = code * bits // 8, (code * bits + bits - 1) // 8
+        for byte in range(first, last + 1):
+            yield code, byte, code * bits - 8 * byte
 
 
 def quantize_groupwise(w, *, bits=4, group_size=32, symmetric=True, ragged=False):
@@ -71,10 +84,11 @@ def bits_per_weight(bits, group_size, *, symmetric=True):
 def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     """Write `model` with packed convolution and linear weights to `path` (safetensors); return the bytes written.
 
-    A network that is quantized already (`simulate.quantize`, `rounding.adaround`, `qat.convert`) is stored as it is, with the
-    ranges of its activations; `bits`, `group_size` and `symmetric` are for those that are not, whose batch norms are folded
-    and whose weights are rounded to nearest. The last group of a row may be shorter: the 147 weights of a first filter of
-    ResNet18 are no multiple of 32. Biases and whatever else remains are stored as FP16. The file is replaced in one step.
+    A network that is quantized already (`simulate.quantize`, those of `rounding`, `qat.convert`) is stored as it is, with the
+    ranges of its activations and the factors of `rounding.awq`; `bits`, `group_size` and `symmetric` are for those that are
+    not, whose batch norms are folded and whose weights are rounded to nearest. The last group of a row may be shorter: the
+    147 weights of a first filter of ResNet18 are no multiple of 32. Biases and whatever else remains are stored as FP16. The
+    file is replaced in one step.
 
     The model must be one of `course_utils.models`: its architecture is stored by name. Raises `ValueError` for others.
     """
@@ -109,8 +123,11 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
         for name, layer in weights.layers(model).items()
         if hasattr(layer, "input_quantizer")
     }
+    scaled = {
+        name: layer.input_scale.dim for name, layer in weights.layers(model).items() if hasattr(layer, "input_scale")
+    }
     folded = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    layout = {"architecture": architecture, "folded": folded, "layers": layers, "inputs": inputs}
+    layout = {"architecture": architecture, "folded": folded, "layers": layers, "inputs": inputs, "scaled": scaled}
     with files.replacing(path) as partial:
         save_file(tensors, partial, metadata={"course": json.dumps({"format": FORMAT, **layout})})
         return partial.stat().st_size
@@ -132,13 +149,15 @@ def load_packed(path):
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}): write it again with save_packed"
         ) from None
-    if layout.get("format") != FORMAT:
+    if layout.get("format") not in (FORMAT, *EARLIER):
         raise ValueError(
             f"{path} was not written by this save_packed (format {layout.get('format')!r}, expected {FORMAT!r}): write it again"
         )
     model = models.build(**layout["architecture"])
     model = weights.fold_batch_norm(model) if layout["folded"] else model.eval()
     found = weights.layers(model)
+    for name, dim in layout.get("scaled", {}).items():  # before the ranges, which are of what has been scaled
+        scale_input(found[name], InputScale(file.get_tensor(f"{name}.input_scale.factors").float(), dim))
     for name, (qmin, qmax) in layout["inputs"].items():
         scale, zero_point = (file.get_tensor(f"{name}.input_quantizer.{key}") for key in ("scale", "zero_point"))
         simulate.set_input_quantizer(found[name], simulate.FakeQuantize(affine.QParams(scale, zero_point, qmin, qmax)))

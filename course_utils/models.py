@@ -1,21 +1,30 @@
-"""The course's networks: torchvision's own architectures, with weights trained here or torchvision's official ones."""
+"""The course's networks: torchvision's own architectures, with weights trained here or torchvision's official ones, and a
+small language model.
+"""
 
 import pickle
 
 from . import files
 
-NAMES = ("resnet18", "mobilenet_v2")
+NAMES = ("resnet18", "mobilenet_v2")  # of images
+LANGUAGE = "char_lm"
 
 
 def build(name, *, num_classes=10):
-    """Return torchvision's architecture `name` with random weights, float32, in training mode.
+    """Return the architecture `name` with random weights, float32, in training mode.
 
-    Input is float32 `(n, 3, height, width)`, output float32 logits `(n, num_classes)`.
-    Raises `ValueError` for a name the course does not have.
+    Those of torchvision take float32 images `(n, 3, height, width)` and return float32 logits `(n, num_classes)`;
+    `"char_lm"` is a `char_lm.CharLM`, which has its own classes. Raises `ValueError` for a name the course does not have.
     """
+    _check(name)
+    if name == LANGUAGE:
+        from . import char_lm
+
+        model = char_lm.CharLM()
+        model.architecture = {"name": name}
+        return model
     import torchvision
 
-    _check(name)
     model = getattr(torchvision.models, name)(num_classes=num_classes)
     model.architecture = {"name": name, "num_classes": num_classes}
     return model
@@ -37,10 +46,10 @@ def architecture(model):
 def load(name, *, weights="course"):
     """Return a trained model in evaluation mode, float32.
 
-    name: `"resnet18"` (He et al. 2016) or `"mobilenet_v2"` (Sandler et al. 2018).
+    name: `"resnet18"` (He et al. 2016), `"mobilenet_v2"` (Sandler et al. 2018) or `"char_lm"` (`char_lm.CharLM`).
     weights: `"course"` reads the checkpoint committed in `data/checkpoints` (10 Fashion-MNIST classes, trained by
-    `make train`, stored as FP16); `"imagenet"` asks torchvision for its official weights (1,000 classes), from the
-    torch hub cache or the network; None leaves the weights random (10 classes).
+    `make train`, or the characters of `text`, by `make train-lm`; stored as FP16); `"imagenet"` asks torchvision for its
+    official weights (1,000 classes), from the torch hub cache or the network; None leaves the weights random.
 
     Raises `ValueError` for an unknown name or weights, `DataFileError` for a missing or altered checkpoint,
     `RuntimeError` when the official weights are neither cached nor reachable.
@@ -70,6 +79,8 @@ def _imagenet(name):
     import torchvision
 
     _check(name)
+    if name == LANGUAGE:
+        raise ValueError(f'{name} has no weights for images: choose weights="course" or None')
     official = torchvision.models.get_model_weights(name).DEFAULT
     try:
         weights = official.get_state_dict(check_hash=True, weights_only=True)
@@ -86,5 +97,6 @@ def _imagenet(name):
 
 
 def _check(name):
-    if name not in NAMES:
-        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(NAMES)}")
+    known = (*NAMES, LANGUAGE)
+    if name not in known:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(known)}")

@@ -19,8 +19,11 @@ def layers(model):
 def batch_norms(model):
     """Return name of convolution → name of the `BatchNorm2d` that can be folded into it.
 
-    A convolution whose output is used elsewhere too, or that is called twice, is not among them.
+    A convolution whose output is used elsewhere too, or that is called twice, is not among them. A network without batch
+    norms need not be one that `torch.fx` can trace.
     """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return {}
     nodes = torch.fx.Tracer().trace(model).nodes
     calls = Counter(node.target for node in nodes if node.op == "call_module")
     found = {}

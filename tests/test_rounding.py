@@ -5,8 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course_utils import data, models, rounding, simulate, weights
-from course_utils.rounding import CappedReLU, adaround, bias_correction, cross_layer_equalization, random_rounding
+from course_utils import data, models, simulate, weights
+from course_utils.rounding import (
+    CappedReLU,
+    adaround,
+    bias_correction,
+    cross_layer_equalization,
+    equalization,
+    random_rounding,
+    walk,
+)
+from course_utils.rounding.adaround import _annealed
 from course_utils.simulate import Policy
 from tests.conftest import fingerprint
 
@@ -167,7 +176,7 @@ def test_both_sides_of_every_pair_end_with_equal_ranges(name):
     folded = weights.fold_batch_norm(models.load(name))
     names = {layer: key for key, layer in weights.layers(folded).items()}
     equalized = weights.layers(cross_layer_equalization(folded))
-    pairs = [(names[first], names[second]) for first, second, _ in rounding._pairs(folded)]
+    pairs = [(names[first], names[second]) for first, second, _ in equalization._pairs(folded)]
     assert len(pairs) == {"resnet18": 8, "mobilenet_v2": 36}[name]
     for first, second in pairs:
         r1, r2 = ranges(equalized[first], equalized[second])
@@ -179,7 +188,7 @@ def test_both_sides_of_every_pair_end_with_equal_ranges(name):
 def test_pairs_end_where_an_output_is_used_twice_or_added(small):
     folded = weights.fold_batch_norm(small)
     names = {layer: name for name, layer in weights.layers(folded).items()}
-    found = [(names[a], names[b], activation) for a, b, activation in rounding._pairs(folded)]
+    found = [(names[a], names[b], activation) for a, b, activation in equalization._pairs(folded)]
     assert found == [("stem.0", "depthwise.0", "stem.2"), ("depthwise.0", "project.0", "depthwise.2")]
 
 
@@ -199,7 +208,7 @@ class Chain(nn.Module):
 
 def test_what_does_not_scale_or_is_called_twice_is_left_alone():
     model = Chain().eval()
-    assert rounding._pairs(model) == []
+    assert equalization._pairs(model) == []
     assert fingerprint(cross_layer_equalization(model)) == fingerprint(model)
 
 
@@ -317,7 +326,7 @@ def test_a_condensed_problem_has_the_same_minimum(shape):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, *shape, generator=generator), torch.randn(2, shape[0], 3, generator=generator)
     x[0, :, 1] = 0.0
-    problem = rounding._Problem(x, y, shape[0])
+    problem = walk.Problem(x, y, shape[0])
     condensed = problem.condensed()
     assert condensed.inputs.shape[1] == min(shape)
     a, b = (torch.randn(6, shape[1], generator=generator).requires_grad_() for _ in range(2))
@@ -338,22 +347,22 @@ def test_sampled_places_are_the_layers_own_outputs(small, batches):
     with torch.no_grad():
         folded(images)
         for layer, x, output in seen.values():
-            places = rounding._Places(layer, output, 50, seed=0)
+            places = walk.Places(layer, output, 50, seed=0)
             wanted = places.outputs(output)
             assert len(wanted) >= 16 and wanted.shape[1] == layer.weight.shape[0]
-            for problem in rounding._problems(layer, places.inputs(x), wanted, places.fit):
+            for problem in walk.problems(layer, places.inputs(x), wanted, places.fit):
                 assert float(problem.error(layer.weight)) < 1e-8
 
 
 def test_judged_on_other_images_than_learned_from():
-    places = rounding._Places(nn.Conv2d(1, 2, 1), torch.zeros(8, 2, 5, 5), 1000, seed=0)
+    places = walk.Places(nn.Conv2d(1, 2, 1), torch.zeros(8, 2, 5, 5), 1000, seed=0)
     images = places.index // 25
     assert set(images[: places.fit].tolist()) == {0, 1, 2, 3, 4, 5} and set(images[places.fit :].tolist()) == {6, 7}
     assert len(places.index) == len(places.index.unique()) == 200
 
 
 def test_the_annealing_falls_from_twenty_to_two_after_a_warm_start():
-    betas = list(rounding._annealed(100))
+    betas = list(_annealed(100))
     assert betas[:20] == [None] * 20 and betas[20] == 20 and betas[-1] == pytest.approx(2, abs=0.05)
     assert all(a > b for a, b in zip(betas[20:], betas[21:], strict=False))
 

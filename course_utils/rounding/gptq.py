@@ -1,0 +1,109 @@
+"""GPTQ: round the weights of a layer one input after another, and let those still to come make up for each error."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import affine, simulate
+from .walk import Places, all_images, go_through, problems
+
+BLOCK = 128  # columns after which the corrections reach the rest of the matrix
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """What `gptq` did to one layer: mean squared error of its output with weights rounded to `nearest`, and by `gptq`.
+
+    Measured on the inputs that the quantized network has, from other images or sequences than the rounding was made with.
+    """
+
+    name: str
+    weights: int
+    nearest: float
+    gptq: float
+
+
+def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
+    """Return `(quantized, report)`: `model` with weights rounded so that the errors of a row cancel in the layer's output.
+
+    Frantar et al. 2023 (arXiv 2210.17323), after the optimal brain surgeon (Hassibi and Stork 1992). With the inputs X of a
+    layer, the squared change of its output is Δw·H·Δwᵀ for each row of weights, H = XᵀX: when one weight of it is rounded, the
+    best answer of those not rounded yet is known in closed form (`compensate`). No step of an optimizer is taken. Inputs are
+    those of the network as it is quantized so far.
+
+    policy: bits, granularity and ranges of the weights; scales per group are chosen when the group is reached, from weights
+    that have been corrected by then. If it quantizes activations, that is done afterwards, on the same batches. batches:
+    inputs, or `(inputs, labels)`, whose labels are not used; every fourth image or sequence is kept to measure on. positions:
+    places in a layer's output, drawn at random, whose inputs make H. damping: share of the mean of H's diagonal that is added
+    to it, so that it can be inverted. report: a list of `Compensation`, one a layer.
+
+    Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
+    """
+    images = all_images(batches)
+    if len(images) < 2:
+        raise ValueError("GPTQ needs at least 2 images or sequences: some to round by and others to measure on")
+    quantized = simulate.prepare(model, policy)
+    bits = {name: b for name, (b, _) in policy.bits(quantized).items() if b is not None}
+    report = []
+
+    def visit(name, layer, x):
+        if name not in bits:
+            return
+        output = layer.forward(x)
+        places = Places(layer, output, positions, seed)
+        fit, held = problems(layer, places.inputs(x), places.outputs(output), places.fit)
+        w = layer.weight.detach()
+        nearest = affine.fake_quantize(w, simulate.weight_qparams(w, policy, bits[name]))
+        rounded, qparams = compensate(w, hessian(fit.inputs, damping), policy, bits[name])
+        report.append(Compensation(name, w.numel(), float(held.error(nearest)), float(held.error(rounded))))
+        layer.weight.data, layer.weight_qparams = rounded, qparams
+
+    go_through(quantized, images, before=visit)
+    if policy.activations is not None:
+        quantized = simulate.quantize_activations(quantized, policy, [images])
+    return quantized, report
+
+
+def hessian(inputs, damping):
+    """Return H `(groups, k, k)` of inputs `(groups, rows, k)`: the mean of xᵀx, with a damped diagonal."""
+    h = inputs.mT @ inputs / inputs.shape[1]
+    diagonal = h.diagonal(dim1=1, dim2=2)
+    diagonal += damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)  # a view: this changes h
+    return h
+
+
+def compensate(w, h, policy, bits):
+    """Return `(rounded, qparams)` of the weights `w` `(rows, ...)` of one layer, given H `(groups, k, k)` of its inputs.
+
+    With U the upper Cholesky factor of H⁻¹, row j of U over U_jj says how much each weight after j has to change per unit of
+    error made at j (equations 2 and 3, and the reformulation of section 3.3).
+    """
+    rest = w.reshape(len(h), -1, h.shape[1]).clone()  # groups of the convolution, rows, k
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    size = policy.granularity if isinstance(policy.granularity, int) else None
+    chosen = [] if size else [simulate.weight_qparams(w, policy, bits)]
+    block = size * max(1, BLOCK // size) if size else BLOCK
+    for start in range(0, rest.shape[2], block):
+        end = min(start + block, rest.shape[2])
+        errors = torch.empty_like(rest[..., start:end])
+        for j in range(start, end):
+            if size and j % size == 0:
+                group = rest[..., j : min(j + size, end)].flatten(0, 1)
+                chosen.append(simulate.weight_qparams(group, policy, bits))
+            column = rest[..., j].clone()
+            rounded = affine.fake_quantize(column.flatten(), _of_column(chosen[-1], len(w))).view_as(column)
+            errors[..., j - start] = (column - rounded) / u[:, j, j, None]
+            rest[..., j:end] -= errors[..., j - start, None] * u[:, None, j, j:end]
+            rest[..., j] = rounded
+        rest[..., end:] -= errors @ u[:, start:end, end:]
+    qparams = chosen[0]
+    if size:
+        scale, zero_point = (torch.cat([getattr(c, key) for c in chosen], 1) for key in ("scale", "zero_point"))
+        qparams = affine.QParams(scale, zero_point, qparams.qmin, qparams.qmax, None, size)
+    return rest.reshape(w.shape), qparams
+
+
+def _of_column(qparams, rows):
+    """Return the `QParams` of one weight of each row."""
+    scale, zero_point = (p.flatten().expand(rows) for p in (qparams.scale, qparams.zero_point))
+    return affine.QParams(scale, zero_point, qparams.qmin, qparams.qmax, axis=0)
