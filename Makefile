@@ -6,6 +6,8 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 INSTALLED := .venv/.installed
 VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(ENGINES),engines))
+# Unit tests that run side by side, with one thread each: most of them wait for one core anyway, and each may take 2 GiB.
+WORKERS ?= 2
 NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDGER_BASE="$(CURDIR)/data/ledger.json" \
 	IPYTHONDIR="$$scratch/ipython" CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0
 # torch and what only it brings stay out: its builds differ by machine.
@@ -31,7 +33,7 @@ lint: $(INSTALLED) ## Check style and format of code and notebooks
 	@$(PY) -m ruff format --check .
 
 unit: $(INSTALLED) ## The unit tests alone
-	@$(PY) -m pytest tests
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(WORKERS) --dist worksteal
 
 test-notebooks: $(INSTALLED) ## The notebooks alone, executed and compared
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(NOTEBOOK_ENV) $(PY) -m pytest \

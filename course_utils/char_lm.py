@@ -31,15 +31,21 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x):
+    def forward(self, x, past=None):
+        """Return what becomes of `x`, and the keys and values of all characters so far, which are `past` the next time."""
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if past is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x + self.down(F.gelu(self.up(self.norm2(x)))), (k, v)
 
 
 class CharLM(nn.Module):
-    """Tokens int64 `(n, length)` → logits float32 `(n, length, symbols)` of the next character; length ≤ `context`."""
+    """Tokens int64 `(n, length)` → logits float32 `(n, length, symbols)` of the next character; length ≤ `context`.
+
+    A `cache`, a list that starts empty, remembers the characters so far: the next call then takes a single one more.
+    """
 
     def __init__(self, *, symbols=SYMBOLS, context=256, width=256, heads=4, blocks=4):
         super().__init__()
@@ -56,12 +62,17 @@ class CharLM(nn.Module):
             for layer in (block.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * blocks))
 
-    def forward(self, tokens):
-        if tokens.shape[1] > self.context:
-            raise ValueError(f"this model reads {self.context} characters at most, got {tokens.shape[1]}")
-        x = self.token(tokens) + self.position.weight[: tokens.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+    def forward(self, tokens, cache=None):
+        before = cache[0][0].shape[2] if cache else 0
+        end = before + tokens.shape[1]
+        if end > self.context or (before and tokens.shape[1] > 1):
+            raise ValueError(f"expected up to {self.context} characters, or one after those in the cache, got {end}")
+        x, kept = self.token(tokens) + self.position.weight[before:end], []
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x, found = block(x, past)
+            kept.append(found)
+        if cache is not None:
+            cache[:] = kept
         return self.head(self.norm(x))
 
 
@@ -129,9 +140,13 @@ def generate(model, prompt, count, *, temperature=0.8, seed=0):
             f"expected a prompt and a temperature of at least 0, got {len(prompt)} tokens and {temperature}"
         )
     generator = torch.Generator().manual_seed(seed)
-    tokens = prompt.long()
+    tokens, cache = prompt.long(), []
     for _ in range(count):
-        logits = model(tokens[None, -model.context :])[0, -1]
+        if not cache or cache[0][0].shape[2] == model.context:  # full: read the newer half again, and go on from there
+            cache = []
+            logits = model(tokens[None, -model.context // 2 :], cache)[0, -1]
+        else:
+            logits = model(tokens[None, -1:], cache)[0, -1]
         if temperature == 0:
             following = logits.argmax(keepdim=True)
         else:

@@ -1,23 +1,29 @@
 import copy
+import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from course_utils import data, models, simulate, weights
+from course_utils import affine, data, models, simulate, weights
 from course_utils.rounding import (
     CappedReLU,
     adaround,
+    awq,
     bias_correction,
     cross_layer_equalization,
     equalization,
+    gptq,
     random_rounding,
     walk,
 )
 from course_utils.rounding.adaround import _annealed
 from course_utils.simulate import Policy
 from tests.conftest import fingerprint
+
+gptq_module = importlib.import_module("course_utils.rounding.gptq")  # the package's function has its name
 
 
 class Small(nn.Module):
@@ -290,7 +296,7 @@ def test_the_outputs_of_the_network_come_closer(small, learned, batches):
     with torch.no_grad():
         expected = small(images)
         errors = [float((m(images) - expected).square().mean()) for m in (quantized, corrected, nearest, chance)]
-    assert errors[0] < 0.7 * errors[2] and errors[1] < errors[2] < errors[3]
+    assert errors[0] < 0.7 * min(errors[2:]) and errors[1] < errors[2]
 
 
 def test_the_same_seed_gives_the_same_weights(small, batches):
@@ -375,3 +381,146 @@ def test_adaround_says_what_it_cannot_do(small, batches):
     reflecting = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")).eval()
     with pytest.raises(ValueError, match="zero padding in numbers, got Conv2d.*reflect"):
         adaround(reflecting, Policy(weights=4), batches)
+
+
+# --- GPTQ
+
+
+def solved_directly(w, h, policy, bits):
+    """Round one weight of each row after the other, and each time solve for the best of the rest: no Cholesky factors."""
+    w, h, qparams = w.double(), h.double(), simulate.weight_qparams(w, policy, bits)
+    now = w.clone()
+    for j in range(w.shape[1]):
+        now[:, j] = affine.fake_quantize(now[:, j].float(), replace(qparams, axis=0))
+        done, rest = slice(0, j + 1), slice(j + 1, None)
+        if j + 1 < w.shape[1]:
+            change = (now - w)[:, done] @ h[done, rest]
+            now[:, rest] = w[:, rest] - torch.linalg.solve(h[rest, rest], change.mT).mT
+    return now.float()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_gptq_is_the_direct_solution_of_each_step(bits):
+    generator = torch.Generator().manual_seed(bits)
+    x = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator)  # correlated inputs
+    w = torch.randn(5, 12, generator=generator)
+    h = gptq_module.hessian(x[None], damping=0.01)
+    rounded, qparams = gptq_module.compensate(w, h, Policy(weights=bits), bits)
+    torch.testing.assert_close(rounded, solved_directly(w, h[0], Policy(weights=bits), bits), rtol=1e-5, atol=1e-6)
+    assert torch.equal(rounded, affine.fake_quantize(rounded, qparams))
+    if bits == 4:  # with 2, weights at the ends of the range cannot make up for much
+        errors = [float(((found - w) @ x.T).square().mean()) for found in (rounded, affine.fake_quantize(w, qparams))]
+        assert errors[0] < 0.7 * errors[1]
+
+
+def test_with_inputs_that_know_nothing_of_each_other_gptq_rounds_to_nearest():
+    w = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
+    for policy in (Policy(weights=3), Policy(weights=3, granularity=8), Policy(weights=3, granularity="tensor")):
+        rounded, qparams = gptq_module.compensate(w, torch.eye(40)[None], policy, 3)
+        assert torch.equal(rounded, affine.fake_quantize(w, simulate.weight_qparams(w, policy, 3)))
+        assert torch.equal(rounded, affine.fake_quantize(w, qparams))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 8, 50])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_of_columns_change_nothing(monkeypatch, granularity, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 60, generator=generator) @ torch.randn(60, 60, generator=generator)
+    w, h = torch.randn(8, 60, generator=generator), gptq_module.hessian(x, damping=0.01)  # two groups of four rows
+    policy = Policy(weights=3, granularity=granularity, symmetric=symmetric)
+    found = []
+    for block in (1, 7, 1000):
+        monkeypatch.setattr(gptq_module, "BLOCK", block)
+        found.append(gptq_module.compensate(w, h, policy, 3)[0])
+    for other in found[1:]:
+        assert (found[0] == other).double().mean() > 0.97  # sums in another order may tip a tie
+    assert torch.equal(affine.fake_quantize(found[0], gptq_module.compensate(w, h, policy, 3)[1]), found[-1])
+
+
+@pytest.mark.parametrize("granularity", ["channel", 8])
+def test_gptq_beats_rounding_to_nearest_on_every_layer(small, batches, granularity):
+    policy = Policy(weights=3, granularity=granularity)
+    quantized, report = gptq(small, policy, batches)
+    assert [r.name for r in report] == list(weights.layers(small))
+    assert all(r.gptq < r.nearest for r in report), report
+    images = data.preprocess(data.fashion_mnist("validation").pixels[:200], 28)
+    with torch.no_grad():
+        expected, *found = (m(images) for m in (small, quantized, simulate.quantize(small, policy)))
+    errors = [float((out - expected).square().mean()) for out in found]
+    assert errors[0] < 0.7 * errors[1]
+    for layer in weights.layers(quantized).values():
+        assert torch.equal(affine.fake_quantize(layer.weight, layer.weight_qparams), layer.weight)
+
+
+def test_gptq_keeps_to_the_policy(small, batches):
+    policy = Policy(weights=2, activations=4, first_last=5, layers={"project.0": None})
+    quantized, report = gptq(small, policy, batches)
+    folded = weights.fold_batch_norm(small)
+    assert torch.equal(quantized.project[0].weight, folded.project[0].weight)
+    assert "project.0" not in [r.name for r in report]
+    assert max(len(row.unique()) for row in quantized.last[0].weight.flatten(1)) <= 4
+    assert 4 < max(len(row.unique()) for row in quantized.head.weight) <= 32
+    assert quantized.last[0].input_quantizer.qmax == 15 and quantized.stem[0].input_quantizer.qmax == 31
+
+
+# --- AWQ
+
+
+class Linears(nn.Module):
+    """Two linear layers, the inputs of the first one with channels of very different size."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    torch.manual_seed(0)
+    size = torch.where(torch.rand(64) < 0.1, 20.0, 0.5)
+    return Linears().eval(), [torch.randn(300, 64) * size]
+
+
+def test_awq_takes_care_of_the_inputs_that_are_large(uneven):
+    model, batches = uneven
+    policy = Policy(weights=3, granularity=32)
+    quantized, report = awq(model, policy, batches)
+    _, by_chance = awq(model, policy, batches, random=True)
+    assert report[0].strength > 0 and report[0].awq < 0.6 * report[0].nearest
+    assert by_chance[0].nearest == report[0].nearest and by_chance[0].awq > 1.3 * report[0].awq
+    assert all(r.awq <= 1.05 * r.nearest for r in report)
+    with torch.no_grad():
+        expected, *found = (m(batches[0]) for m in (model, quantized, simulate.quantize(model, policy)))
+    errors = [float((out - expected).square().mean()) for out in found]
+    assert errors[0] < 0.7 * errors[1]
+    layer = quantized.first
+    assert torch.equal(affine.fake_quantize(layer.weight, layer.weight_qparams), layer.weight)
+    assert torch.equal(layer.input_scale.factors.half().float(), layer.input_scale.factors)
+
+
+def test_a_copy_of_a_scaled_network_computes_the_same(uneven):
+    model, batches = uneven
+    quantized, _ = awq(model, Policy(weights=3, activations=8, granularity=32), batches)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(quantized)(batches[0]), quantized(batches[0]))
+
+
+def test_awq_scales_the_channels_of_convolutions_and_leaves_depthwise_ones_alone(small, batches):
+    quantized, report = awq(small, Policy(weights=3), batches)
+    by_name = {r.name: r for r in report}
+    assert by_name["depthwise.0"].strength == 0 and not hasattr(quantized.depthwise[0], "input_scale")
+    assert any(r.strength > 0 for r in report) and all(r.awq < 1.2 * r.nearest for r in report)
+
+
+@pytest.mark.parametrize("repair", [gptq, awq])
+def test_what_they_cannot_do_is_said(small, batches, repair):
+    with pytest.raises(ValueError, match="no images"):
+        repair(small, Policy(weights=4), [])
+    with pytest.raises(ValueError, match="at least 2 images"):
+        repair(small, Policy(weights=4), [batches[0][0][:1]])
+    reflecting = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")).eval()
+    with pytest.raises(ValueError, match="zero padding in numbers, got Conv2d.*reflect"):
+        repair(reflecting, Policy(weights=4), batches)

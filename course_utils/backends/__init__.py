@@ -139,6 +139,29 @@ def quantize_static(model, calibration, *, engine=None, per_channel=True, observ
     return _tag(converted, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))
 
 
+def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
+    """Return a copy of `model` whose linear layers keep weights of 4 or 8 bits in memory and compute with them.
+
+    What is read from memory is a quarter or less, inputs and products stay BF16 or float32: for networks of which a few rows
+    are asked at a time, such as language models. Weights that are 4-bit integers in groups already stay those. layers: bits
+    of single layers by name. See `weight_only`. Raises `ValueError` for other bits, a name that no linear layer has, and a
+    group size that the kernel does not have.
+    """
+    from . import weight_only
+
+    return weight_only.quantize_weight_only(model, bits=bits, group_size=group_size, layers=layers)
+
+
+def linear_ways(w, *, group_size=128):
+    """Return name → `(callable, bytes)`: every way here to multiply float32 inputs `(rows, in)` by the weights `w`.
+
+    w: float32 `(out, in)`. The callables return float32 `(rows, out)`; bytes are those of the weights in memory.
+    """
+    from . import weight_only
+
+    return weight_only.ways(w, group_size)
+
+
 def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None, image_shape=(3, 64, 64)):
     """Return a copy of `model` in training mode with fake-quantizers and observers in it, ready for a training loop.
 

@@ -62,18 +62,47 @@ def rebuild(model, recipe, tensors, rest):
     return _open(program.unflatten(tensors)[FILE], rest["image_shape"])
 
 
+def int4_linear(q, scale, group_size):
+    """Return a callable x float32 `(rows, in)` → float32 `(rows, out)`: a linear layer with INT4 weights, MatMulNBits.
+
+    q: integers −8..7 `(out, in)`. scale: float32 `(out, in / group_size)`. The inputs are rounded to 8 bits on the way (its
+    accuracy level 4), so that the products are integer ones.
+    """
+    from onnx import TensorProto, helper
+
+    out, length = q.shape
+    codes = (q + 8).to(torch.uint8).unflatten(1, (-1, group_size))
+    packed = codes[..., 0::2] | codes[..., 1::2] << 4
+    constants = [("packed", TensorProto.UINT8, packed), ("scale", TensorProto.FLOAT, scale.float())]
+    sizes = {"K": length, "N": out, "bits": 4, "block_size": group_size, "accuracy_level": 4}
+    graph = helper.make_graph(
+        [helper.make_node("MatMulNBits", ["x", "packed", "scale"], ["y"], domain="com.microsoft", **sizes)],
+        "linear",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", length])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", out])],
+        [helper.make_tensor(n, kind, t.shape, t.contiguous().numpy().tobytes(), raw=True) for n, kind, t in constants],
+    )
+    operators = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    session = _session(helper.make_model(graph, opset_imports=operators, ir_version=10).SerializeToString())
+    return lambda x: torch.from_numpy(session.run(["y"], {"x": x.numpy()})[0])
+
+
 def _open(content, image_shape):
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors only
-    # Its threads would go on waiting in a loop after a call, in the way of whatever is timed next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = _session(content)
 
     def run(images):
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
     return program.Program("onnxruntime", run, {FILE: content}, image_shape)
+
+
+def _session(content):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    # Its threads would go on waiting in a loop after a call, in the way of whatever is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 class _Reader:

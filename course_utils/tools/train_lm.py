@@ -103,9 +103,12 @@ def _load(path, parts, recipe):
     return state["done"], state["seconds"]
 
 
-def publish(model, recipe, seconds):
-    """Store the weights as FP16 (safetensors) with a manifest entry, remove the resume file, return the `Loss` on the test text."""
-    tokens = text.king_james("test")
+def publish(model, recipe, seconds, *, tokens=None):
+    """Store the weights as FP16 (safetensors) with a manifest entry, remove the resume file, return the `Loss` on the test text.
+
+    tokens: another text than that to measure on.
+    """
+    tokens = text.king_james("test") if tokens is None else tokens
     before = char_lm.loss(model, tokens, length=model.context)
     stored = {key: value.half().contiguous() for key, value in model.state_dict().items()}
     model.load_state_dict(stored)  # copies into the float32 parameters

