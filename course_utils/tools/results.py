@@ -10,7 +10,10 @@ BEGIN, END = (
     "<!-- results: written by `make results` from data/ledger.json and data/reports -->",
     "<!-- end of results -->",
 )
-MODELS = ("FP32", "PTQ INT8", "QAT INT8", "packed INT4", "packed 2-bit weights, QAT")
+MODELS = (
+    *("FP32", "PTQ INT8", "QAT INT8"),
+    *("packed 4-bit weights, GPTQ", "packed 3-bit weights, GPTQ", "packed 2-bit weights, QAT"),
+)
 COLUMNS = {  # column title → quantity in the ledger
     "blog: size": "size, as the blog claims",
     "size": "size",
