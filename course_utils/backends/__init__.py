@@ -147,9 +147,7 @@ def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
     of single layers by name. See `weight_only`. Raises `ValueError` for other bits, a name that no linear layer has, and a
     group size that the kernel does not have.
     """
-    from . import weight_only
-
-    return weight_only.quantize_weight_only(model, bits=bits, group_size=group_size, layers=layers)
+    return _load_family("weight_only").quantize_weight_only(model, bits=bits, group_size=group_size, layers=layers)
 
 
 def linear_ways(w, *, group_size=128):
@@ -157,9 +155,7 @@ def linear_ways(w, *, group_size=128):
 
     w: float32 `(out, in)`. The callables return float32 `(rows, out)`; bytes are those of the weights in memory.
     """
-    from . import weight_only
-
-    return weight_only.ways(w, group_size)
+    return _load_family("weight_only").ways(w, group_size)
 
 
 def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None, image_shape=(3, 64, 64)):
