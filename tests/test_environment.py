@@ -71,7 +71,8 @@ def test_every_pin_has_hashes(lock):
 
 
 @pytest.mark.parametrize(
-    "name", [LOCK, ENGINES_LOCK, TORCH, "requirements-gguf.txt", "pyproject.toml", "environment.yml", "Makefile", "postBuild"]
+    "name",
+    [LOCK, ENGINES_LOCK, TORCH, "requirements-gguf.txt", "pyproject.toml", "environment.yml", "Makefile", "postBuild"],
 )
 def test_no_addresses(name):
     text = (ROOT / name).read_text()

@@ -59,6 +59,8 @@ PUBLIC = {
         "bias_correction(model, quantized, batches)",
         "cross_layer_equalization(model)",
         "adaround(model, policy, batches, *, seed=0)",
+        "gptq(model, policy, batches)",
+        "awq(model, policy, batches)",
     ],
     "simulate": [
         "Policy(weights=8, activations=None, granularity='channel')",
@@ -70,6 +72,7 @@ PUBLIC = {
         "quantize_static(model, calibration, *, engine=..., per_channel=True, observer=...)",
         "prepare_qat(model)",
         "convert_qat(model)",
+        "quantize_weight_only(model, *, bits=4, group_size=128)",
         "save(model, path)",
         "load(path)",
         "engines()",

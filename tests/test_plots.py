@@ -142,6 +142,21 @@ def test_a_pareto_plot_joins_the_points_of_a_strategy_by_size_and_labels_each():
     assert all(word in texts(figure) for word in ("2 bits", "4 bits", "uniform"))
 
 
+def test_sizes_far_apart_fit_on_a_logarithmic_axis_with_plain_numbers():
+    figure = plots.pareto(
+        {"all": [(44, 94, 93, 95, "FP32"), (2.8, 93, 92, 94, "W2")]}, xlabel="MB", ylabel="%", log=True
+    )
+    assert figure.axes[0].get_xscale() == "log" and "10" in texts(figure).split() and "10^" not in texts(figure)
+
+
+def test_each_point_of_a_curve_has_its_label():
+    series = {"2 bits": ([2.5, 2.1], [8, 7]), "3 bits": ([3.5, 3.1], [14, 13])}
+    figure = plots.curves(series, labels=["32", "128"], xlabel="bits", ylabel="dB", title="Groups")
+    assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[8, 7], [14, 13]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["32", "128"] * 2
+    assert all(word in texts(figure) for word in ("2 bits", "3 bits", "dB", "Groups"))
+
+
 def test_clusters_draw_one_histogram_a_frame_with_a_tick_for_each_integer():
     w = torch.tensor([[-5.0, -1.0], [0.1, 0.9]])
     figure = plots.clusters({"first": w, "last": w.round()}, qmin=-2, qmax=1, title="weights")

@@ -52,9 +52,12 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
         output = layer.forward(x)
         places = Places(layer, output, positions, seed)
         fit, held = problems(layer, places.inputs(x), places.outputs(output), places.fit)
+        del output
         w = layer.weight.detach()
         nearest = affine.fake_quantize(w, simulate.weight_qparams(w, policy, bits[name]))
-        rounded, qparams = compensate(w, hessian(fit.inputs, damping), policy, bits[name])
+        h = hessian(fit.inputs, damping)
+        del fit
+        rounded, qparams = compensate(w, h, policy, bits[name])
         report.append(Compensation(name, w.numel(), float(held.error(nearest)), float(held.error(rounded))))
         layer.weight.data, layer.weight_qparams = rounded, qparams
 
@@ -79,7 +82,9 @@ def compensate(w, h, policy, bits):
     error made at j (equations 2 and 3, and the reformulation of section 3.3).
     """
     rest = w.reshape(len(h), -1, h.shape[1]).clone()  # groups of the convolution, rows, k
-    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    u = torch.linalg.cholesky(h)  # one name, so that no more than two such matrices are alive
+    u = torch.cholesky_inverse(u)
+    u = torch.linalg.cholesky(u, upper=True)
     size = policy.granularity if isinstance(policy.granularity, int) else None
     chosen = [] if size else [simulate.weight_qparams(w, policy, bits)]
     block = size * max(1, BLOCK // size) if size else BLOCK
