@@ -150,12 +150,12 @@ def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
     return _load_family("weight_only").quantize_weight_only(model, bits=bits, group_size=group_size, layers=layers)
 
 
-def linear_ways(w, *, group_size=128):
-    """Return name → `(callable, bytes)`: every way here to multiply float32 inputs `(rows, in)` by the weights `w`.
+def linear_ways(*, group_size=128):
+    """Return name → `(bits per weight, make)`: every way here to multiply by the weights of one linear layer.
 
-    w: float32 `(out, in)`. The callables return float32 `(rows, out)`; bytes are those of the weights in memory.
+    make: called with weights float32 `(out, in)`, returns a callable, float32 `(rows, in)` → float32 `(rows, out)`.
     """
-    return _load_family("weight_only").ways(w, group_size)
+    return _load_family("weight_only").ways(group_size)
 
 
 def prepare_qat(model, *, engine=None, per_channel=True, reduce_range=None, image_shape=(3, 64, 64)):

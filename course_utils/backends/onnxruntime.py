@@ -65,13 +65,13 @@ def rebuild(model, recipe, tensors, rest):
 def int4_linear(q, scale, group_size):
     """Return a callable x float32 `(rows, in)` → float32 `(rows, out)`: a linear layer with INT4 weights, MatMulNBits.
 
-    q: integers −8..7 `(out, in)`. scale: float32 `(out, in / group_size)`. The inputs are rounded to 8 bits on the way (its
-    accuracy level 4), so that the products are integer ones.
+    q: integers 0..15 `(out, in)`, of which 8 stands for zero. scale: float32 `(out, in / group_size)`. The inputs are rounded
+    to 8 bits on the way (its accuracy level 4), so that the products are integer ones.
     """
     from onnx import TensorProto, helper
 
     out, length = q.shape
-    codes = (q + 8).to(torch.uint8).unflatten(1, (-1, group_size))
+    codes = q.to(torch.uint8).unflatten(1, (-1, group_size))
     packed = codes[..., 0::2] | codes[..., 1::2] << 4
     constants = [("packed", TensorProto.UINT8, packed), ("scale", TensorProto.FLOAT, scale.float())]
     sizes = {"K": length, "N": out, "bits": 4, "block_size": group_size, "accuracy_level": 4}

@@ -9,6 +9,7 @@ float32 product (`aten::_weight_int4pack_mm_for_cpu`, `aten::_weight_int8pack_mm
 
 import contextlib
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -53,8 +54,8 @@ class Int4Linear(nn.Module):
                 f"{q.shape[1]}, got {group_size}"
             )
         self.out, self.group_size, self.bias = len(q), group_size, bias
-        short = (0, 0, 0, -len(q) % ROWS)
-        q, scale, offset = (nn.functional.pad(part, short) for part in (q, scale, offset))
+        if short := -len(q) % ROWS:
+            q, scale, offset = (nn.functional.pad(part, (0, 0, 0, short)) for part in (q, scale, offset))
         self.register_buffer("packed", torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1))
         parameters = torch.stack([scale, offset], -1).transpose(0, 1)  # groups, out, 2
         self.register_buffer("scales", parameters.contiguous().bfloat16())
@@ -75,7 +76,8 @@ def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
     `rounding.awq` gave a layer stays in front of it. layers: bits of single layers by name. Raises `ValueError` for other
     bits, for a name that no linear layer has, and as `Int4Linear`.
     """
-    model = copy.deepcopy(model).eval()
+    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    model = copy.deepcopy(model, {id(layer.weight): layer.weight for layer in linears}).eval()  # not what is replaced
     chosen = {name: bits for name, layer in weights.layers(model).items() if isinstance(layer, nn.Linear)}
     if unknown := set(layers or ()) - set(chosen):
         raise ValueError(f"no linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(chosen)}")
@@ -92,48 +94,70 @@ def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
 
 def int8_linear(layer):
     """Return the linear `layer` as an `Int8Linear`, rounded to nearest."""
-    w = layer.weight.detach()
-    qparams = affine.choose_qparams(w, bits=8, symmetric=True, axis=0)
-    return Int8Linear(affine.quantize(w, qparams), qparams.scale, layer.bias)
+    chosen = [affine.choose_qparams(w, bits=8, symmetric=True, axis=0) for w in _parts(layer)]
+    q = torch.cat([affine.quantize(w, qparams) for w, qparams in zip(_parts(layer), chosen, strict=True)])
+    return Int8Linear(q, torch.cat([qparams.scale for qparams in chosen]), layer.bias)
 
 
 def int4_linear(layer, group_size):
     """Return the linear `layer` as an `Int4Linear`, with the integers that it has or, without any, rounded to nearest."""
-    w = layer.weight.detach()
     if hasattr(layer, "stored"):
         q, scale, minimum = layer.stored  # a weight is q · scale + minimum
         return Int4Linear(q, scale, minimum + 8 * scale, q.shape[1] // scale.shape[1], layer.bias)
     qparams = getattr(layer, "weight_qparams", None)
-    if qparams is None and w.shape[1] % group_size:
-        raise ValueError(f"groups of {group_size} do not fill rows of {w.shape[1]} weights: take one of {GROUP_SIZES}")
     if qparams is None or qparams.group_size is None or qparams.qmax - qparams.qmin != 15:
-        q, qparams = int4.quantize_groupwise(w, bits=4, group_size=group_size)
-    else:
-        q = affine.quantize(w, qparams)
+        return Int4Linear(*_nearest(layer, group_size), group_size, layer.bias)
     zero_point = (qparams.zero_point - qparams.qmin).float()  # of integers that start at 0
-    q = q.int() - qparams.qmin
+    q = affine.quantize(layer.weight.detach(), qparams).int() - qparams.qmin
     return Int4Linear(q, qparams.scale, (8 - zero_point) * qparams.scale, qparams.group_size, layer.bias)
 
 
-def ways(w, group_size):
-    """Return name → `(callable, bytes)`: every way to multiply inputs `(rows, in)` by `w`, float32 `(out, in)`, and its weights.
+def _nearest(layer, group_size):
+    """Return the integers 0..15, scales and offsets of a linear layer, rounded to nearest in groups, symmetric."""
+    if layer.in_features % group_size:
+        raise ValueError(
+            f"groups of {group_size} do not fill rows of {layer.in_features} weights: take one of {GROUP_SIZES}"
+        )
+    parts = [int4.quantize_groupwise(w, bits=4, group_size=group_size) for w in _parts(layer)]
+    q, scale = torch.cat([q for q, _ in parts]), torch.cat([qparams.scale for _, qparams in parts])
+    return q + 8, scale, torch.zeros_like(scale)
 
-    The INT4 ways share their integers. ONNX Runtime is among them where it is installed.
+
+def _parts(layer):
+    """Return the weights of a linear layer some rows at a time: what rounding them takes is several times their own memory."""
+    return layer.weight.detach().split(512)
+
+
+def ways(group_size):
+    """Return name → `(bits per weight, make)`: `make(w)` gives a callable that multiplies rows of float32 inputs by `w`.
+
+    The INT4 ways round to the same integers. ONNX Runtime is among them where it is installed.
     """
-    layer = nn.Linear(w.shape[1], len(w), bias=False, dtype=torch.float32, device="meta")
-    layer.weight = nn.Parameter(w, requires_grad=False)
-    half, int8, small = w.bfloat16(), int8_linear(layer), int4_linear(layer, group_size)
-    size = {"FP32": 4 * w.numel(), "BF16": 2 * w.numel(), "INT8": w.numel() + 2 * len(w)}
-    size["INT4"] = (w.numel() * 4 + 16 * w.numel() // group_size) // 8
+    int4_bits = int4.bits_per_weight(4, group_size)
     found = {
-        "FP32": (lambda x: nn.functional.linear(x, w), size["FP32"]),
-        "BF16": (lambda x: nn.functional.linear(x.bfloat16(), half).float(), size["BF16"]),
-        "INT8 weights": (int8, size["INT8"]),
-        "INT4 weights": (small, size["INT4"]),
+        "FP32": (32, lambda w: functools.partial(nn.functional.linear, weight=w)),
+        "BF16": (16, lambda w: functools.partial(_in_bf16, w=w.bfloat16())),
+        "INT8 weights": (8, lambda w: int8_linear(_linear(w))),
+        "INT4 weights": (int4_bits, lambda w: int4_linear(_linear(w), group_size)),
     }
     with contextlib.suppress(ImportError):
+        import onnx  # noqa: F401
+
         from . import onnxruntime
 
-        q, qparams = int4.quantize_groupwise(w, bits=4, group_size=group_size)
-        found["INT4 weights, ONNX Runtime"] = onnxruntime.int4_linear(q, qparams.scale, group_size), size["INT4"]
+        def make(w):
+            q, scale, _ = _nearest(_linear(w), group_size)
+            return onnxruntime.int4_linear(q, scale, group_size)
+
+        found["INT4 weights, ONNX Runtime"] = int4_bits, make
     return found
+
+
+def _linear(w):
+    layer = nn.Linear(*reversed(w.shape), bias=False, device="meta")
+    layer.weight = nn.Parameter(w, requires_grad=False)
+    return layer
+
+
+def _in_bf16(x, w):
+    return nn.functional.linear(x.bfloat16(), w).float()

@@ -55,9 +55,7 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
         del output
         w = layer.weight.detach()
         nearest = affine.fake_quantize(w, simulate.weight_qparams(w, policy, bits[name]))
-        h = hessian(fit.inputs, damping)
-        del fit
-        rounded, qparams = compensate(w, h, policy, bits[name])
+        rounded, qparams = compensate(w, hessian(fit.inputs, damping), policy, bits[name])
         report.append(Compensation(name, w.numel(), float(held.error(nearest)), float(held.error(rounded))))
         layer.weight.data, layer.weight_qparams = rounded, qparams
 
@@ -69,7 +67,7 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
 
 def hessian(inputs, damping):
     """Return H `(groups, k, k)` of inputs `(groups, rows, k)`: the mean of xᵀx, with a damped diagonal."""
-    h = inputs.mT @ inputs / inputs.shape[1]
+    h = (inputs.mT @ inputs).div_(inputs.shape[1])
     diagonal = h.diagonal(dim1=1, dim2=2)
     diagonal += damping * diagonal.mean(1, keepdim=True).clamp(min=1e-12)  # a view: this changes h
     return h
@@ -81,34 +79,37 @@ def compensate(w, h, policy, bits):
     With U the upper Cholesky factor of H⁻¹, row j of U over U_jj says how much each weight after j has to change per unit of
     error made at j (equations 2 and 3, and the reformulation of section 3.3).
     """
-    rest = w.reshape(len(h), -1, h.shape[1]).clone()  # groups of the convolution, rows, k
-    u = torch.linalg.cholesky(h)  # one name, so that no more than two such matrices are alive
+    rest = w.reshape(len(h), -1, h.shape[1]).mT.contiguous()  # groups of the convolution, columns, rows
+    u = torch.linalg.cholesky(h)
+    del h  # of a convolution it takes up to 85 MB, and so does each of the next
     u = torch.cholesky_inverse(u)
     u = torch.linalg.cholesky(u, upper=True)
     size = policy.granularity if isinstance(policy.granularity, int) else None
     chosen = [] if size else [simulate.weight_qparams(w, policy, bits)]
     block = size * max(1, BLOCK // size) if size else BLOCK
-    for start in range(0, rest.shape[2], block):
-        end = min(start + block, rest.shape[2])
-        errors = torch.empty_like(rest[..., start:end])
+    for start in range(0, rest.shape[1], block):
+        end = min(start + block, rest.shape[1])
+        errors = torch.empty_like(rest[:, start:end])
         for j in range(start, end):
             if size and j % size == 0:
-                group = rest[..., j : min(j + size, end)].flatten(0, 1)
+                group = rest[:, j : min(j + size, end)].mT.flatten(0, 1)
                 chosen.append(simulate.weight_qparams(group, policy, bits))
-            column = rest[..., j].clone()
-            rounded = affine.fake_quantize(column.flatten(), _of_column(chosen[-1], len(w))).view_as(column)
-            errors[..., j - start] = (column - rounded) / u[:, j, j, None]
-            rest[..., j:end] -= errors[..., j - start, None] * u[:, None, j, j:end]
-            rest[..., j] = rounded
-        rest[..., end:] -= errors @ u[:, start:end, end:]
+            rounded = _to_grid(rest[:, j], chosen[-1])
+            errors[:, j - start] = (rest[:, j] - rounded) / u[:, j, j, None]
+            rest[:, j:end] -= u[:, j, j:end, None] * errors[:, j - start, None]
+            rest[:, j] = rounded
+        rest[:, end:] -= u[:, start:end, end:].mT @ errors
     qparams = chosen[0]
     if size:
         scale, zero_point = (torch.cat([getattr(c, key) for c in chosen], 1) for key in ("scale", "zero_point"))
         qparams = affine.QParams(scale, zero_point, qparams.qmin, qparams.qmax, None, size)
-    return rest.reshape(w.shape), qparams
+    return rest.mT.reshape(w.shape), qparams
 
 
-def _of_column(qparams, rows):
-    """Return the `QParams` of one weight of each row."""
-    scale, zero_point = (p.flatten().expand(rows) for p in (qparams.scale, qparams.zero_point))
-    return affine.QParams(scale, zero_point, qparams.qmin, qparams.qmax, axis=0)
+def _to_grid(column, qparams):
+    """Return a column of weights `(groups, rows)` rounded to nearest: `affine.fake_quantize`, without its checks."""
+    scale, zero_point = qparams.scale, qparams.zero_point
+    if scale.numel() > 1:
+        scale, zero_point = scale.view(column.shape), zero_point.view(column.shape)
+    q = (column / scale).round_().add_(zero_point).clamp_(qparams.qmin, qparams.qmax)
+    return q.sub_(zero_point).mul_(scale)
