@@ -21,7 +21,7 @@ ARITHMETIC = (
     *("stats", "tables"),
 )
 ABOVE = (
-    *("backends", "measure", "timing", "child", "profiling", "energy", "isa", "roofline", "ledger"),
+    *("backends", "measure", "timing", "child", "profiling", "energy", "isa", "roofline", "ledger", "kernels"),
     *("plots", "widgets", "exercises", "tools", "training"),
 )
 PUBLIC = {
