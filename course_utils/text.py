@@ -43,14 +43,15 @@ def decode(tokens):
 def sequences(tokens, length, *, limit=None):
     """Return `(inputs, targets)` for a language model: int64 `(sequences, length)` each, targets one character further on.
 
-    The sequences follow one another and do not overlap; what is left at the end is left out. limit: take so many at most.
-    Raises `ValueError` for a text that is too short for one.
+    The sequences follow one another and do not overlap; what is left at the end is left out. limit: take so many at most,
+    from all over the text. Raises `ValueError` for a text that is too short for one.
     """
     count = (len(tokens) - 1) // length
     if count < 1:
         raise ValueError(f"{len(tokens)} characters are too few for a sequence of {length} and the character after it")
-    count = count if limit is None else min(count, limit)
-    inputs, targets = (tokens[start : start + count * length].long().view(count, length) for start in (0, 1))
+    n = count if limit is None else min(count, limit)
+    chosen = torch.arange(n) * count // n  # evenly spread: one book is easier to foresee than another
+    inputs, targets = (tokens[start : start + count * length].view(count, length)[chosen].long() for start in (0, 1))
     return inputs, targets
 
 

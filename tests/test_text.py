@@ -33,7 +33,9 @@ def test_sequences_follow_one_another_and_targets_are_one_further_on():
     x, y = text.sequences(torch.arange(11, dtype=torch.uint8), 3)
     assert x.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8]] and torch.equal(y, x + 1)
     assert x.dtype == torch.int64
-    assert len(text.sequences(torch.arange(11, dtype=torch.uint8), 3, limit=2)[0]) == 2
+    x, y = text.sequences(torch.arange(19, dtype=torch.uint8), 3, limit=3)
+    assert x.tolist() == [[0, 1, 2], [6, 7, 8], [12, 13, 14]] and torch.equal(y, x + 1)
+    assert len(text.sequences(torch.arange(11, dtype=torch.uint8), 3, limit=9)[0]) == 3
     with pytest.raises(ValueError, match="3 characters are too few for a sequence of 3"):
         text.sequences(torch.arange(3, dtype=torch.uint8), 3)
 
