@@ -41,9 +41,7 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
 
     Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
     """
-    images = all_images(batches)
-    if len(images) < 2:
-        raise ValueError("AdaRound needs at least 2 images: some to learn from and others to measure on")
+    images = all_images(batches, held_out=True)
     # Still float32: the second pass rounds each layer as the images get there.
     quantized = simulate.prepare(model, policy)
     bits = {name: b for name, (b, _) in policy.bits(quantized).items() if b is not None}

@@ -50,9 +50,7 @@ def awq(model, policy, batches, *, positions=1024, random=False, seed=0):
     means are dealt out to the channels by chance. Layers with grouped inputs (depthwise convolutions) are rounded to nearest.
     Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
     """
-    images = all_images(batches)
-    if len(images) < 2:
-        raise ValueError("AWQ needs at least 2 images or sequences: some to choose by and others to measure on")
+    images = all_images(batches, held_out=True)
     quantized = simulate.prepare(model, policy)
     bits = {name: b for name, (b, _) in policy.bits(quantized).items() if b is not None}
     generator = torch.Generator().manual_seed(seed)

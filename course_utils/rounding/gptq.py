@@ -39,9 +39,7 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
 
     Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
     """
-    images = all_images(batches)
-    if len(images) < 2:
-        raise ValueError("GPTQ needs at least 2 images or sequences: some to round by and others to measure on")
+    images = all_images(batches, held_out=True)
     quantized = simulate.prepare(model, policy)
     bits = {name: b for name, (b, _) in policy.bits(quantized).items() if b is not None}
     report = []

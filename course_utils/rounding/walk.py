@@ -38,12 +38,18 @@ def _after(visit, name, layer, args, output):
     return visit(name, layer, output)
 
 
-def all_images(batches):
-    """Return the images, or whatever else the network takes, of all `batches` together; `ValueError` if there are none."""
+def all_images(batches, *, held_out=False):
+    """Return the images, or whatever else the network takes, of all `batches` together.
+
+    held_out: some of them will be kept to measure on. Raises `ValueError` if there are none, or then fewer than 2.
+    """
     found = list(simulate.inputs(batches))
     if not found:
         raise ValueError("there are no images to measure on: batches was empty")
-    return torch.cat(found)
+    images = torch.cat(found)
+    if held_out and len(images) < 2:
+        raise ValueError("at least 2 images or sequences are needed: some to learn from and others to measure on")
+    return images
 
 
 @dataclass(frozen=True)
