@@ -71,8 +71,7 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(LlamaBlock(width, heads, groups, hidden, epsilon) for _ in range(blocks))
         self.norm = nn.RMSNorm(width, eps=epsilon)
         self.head = nn.Linear(width, vocabulary, bias=False)
-        size = width // heads
-        self.register_buffer("frequencies", base ** (-torch.arange(0, size, 2) / size), persistent=False)
+        self.register_buffer("frequencies", frequencies(width // heads, base), persistent=False)
 
     def forward(self, tokens, cache=None):
         before = cache[0][0].shape[2] if cache else 0
@@ -110,6 +109,11 @@ class LlamaBlock(nn.Module):
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         normed = self.norm2(x)
         return x + self.down(F.silu(self.gate(normed)) * self.up(normed)), (k, v)
+
+
+def frequencies(size, base):
+    """Return the angle by which each pair of a head's numbers turns from one position to the next: float32 `(size / 2,)`."""
+    return base ** (-torch.arange(0, size, 2) / size)
 
 
 def turned(x, turns):
@@ -163,9 +167,7 @@ def load(path):
             epsilon=facts["llama.attention.layer_norm_rms_epsilon"],
             base=facts["llama.rope.freq_base"],
         )
-    model.frequencies = facts["llama.rope.freq_base"] ** (
-        -torch.arange(0, facts["llama.rope.dimension_count"], 2) / facts["llama.rope.dimension_count"]
-    )
+    model.frequencies = frequencies(facts["llama.rope.dimension_count"], facts["llama.rope.freq_base"])  # not on "meta"
     for tensor in reader.tensors:
         raw = torch.from_numpy(tensor.data.copy())
         layer = model.get_submodule(_place(tensor.name))

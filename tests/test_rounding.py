@@ -373,16 +373,6 @@ def test_the_annealing_falls_from_twenty_to_two_after_a_warm_start():
     assert all(a > b for a, b in zip(betas[20:], betas[21:], strict=False))
 
 
-def test_adaround_says_what_it_cannot_do(small, batches):
-    with pytest.raises(ValueError, match="no images"):
-        adaround(small, Policy(weights=4), [])
-    with pytest.raises(ValueError, match="at least 2 images"):
-        adaround(small, Policy(weights=4), [batches[0][0][:1]])
-    reflecting = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")).eval()
-    with pytest.raises(ValueError, match="zero padding in numbers, got Conv2d.*reflect"):
-        adaround(reflecting, Policy(weights=4), batches)
-
-
 # --- GPTQ
 
 
@@ -515,7 +505,7 @@ def test_awq_scales_the_channels_of_convolutions_and_leaves_depthwise_ones_alone
     assert any(r.strength > 0 for r in report) and all(r.awq < 1.2 * r.nearest for r in report)
 
 
-@pytest.mark.parametrize("repair", [gptq, awq])
+@pytest.mark.parametrize("repair", [adaround, gptq, awq])
 def test_what_they_cannot_do_is_said(small, batches, repair):
     with pytest.raises(ValueError, match="no images"):
         repair(small, Policy(weights=4), [])
