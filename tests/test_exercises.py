@@ -1,0 +1,235 @@
+"""Exercises: solutions pass, stubs are not attempted, every wrong answer fails with the hint that fits it."""
+
+import ast
+import dataclasses
+import importlib
+import time
+
+import pytest
+import torch
+
+from course_utils import exercises
+from course_utils.exercises import Case
+from course_utils.exercises.checking import judge
+from course_utils.exercises.exercise import DIFFICULTIES
+
+EVERY = exercises.every()
+ANSWERS = [importlib.import_module(f"tests.wrong_answers.{name}") for name in exercises.MODULES.values()]
+WRONG = {id: answers for module in ANSWERS for id, answers in module.WRONG.items()}
+ELSE = {id: answers for module in ANSWERS for id, answers in module.ELSE.items()}
+
+
+def written(source, name):
+    """Return the function `name` of `source` as a notebook would have it: with torch, and nothing else of ours."""
+    names = {"torch": torch}
+    exec(compile(source, "<cell>", "exec"), names)
+    return names[name]
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_solution_as_shown_passes(id):
+    exercise = EVERY[id]
+    verdict = judge(exercise, written(exercise.source(), exercise.solution.__name__))
+    assert verdict.passed is True, verdict.text
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_stub_is_not_attempted(id):
+    exercise = EVERY[id]
+    stub = exercise.stub()
+    assert judge(exercise, written(stub, exercise.solution.__name__)).passed is None
+    assert exercise.solution.__doc__ in stub and exercise.source().rstrip() not in stub
+    assert exercise.fill(stub) == exercise.source().rstrip()
+
+
+@pytest.mark.parametrize("id, name", [(id, name) for id in EVERY for name in WRONG.get(id, ())])
+def test_wrong_answer_fails_with_the_hint_that_fits(id, name):
+    verdict = judge(EVERY[id], WRONG[id][name])
+    assert verdict.passed is False
+    assert verdict.mistake == name, verdict.text
+    mistake = next(each for each in EVERY[id].mistakes if each.name == name)
+    assert mistake.says in verdict.text and mistake.hint in verdict.text
+
+
+@pytest.mark.parametrize("id, text", [(id, text) for id in EVERY for text in ELSE.get(id, ())])
+def test_other_wrong_answers_fail_too(id, text):
+    verdict = judge(EVERY[id], ELSE[id][text])
+    assert verdict.passed is False and text in verdict.text, verdict.text
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_every_mistake_has_a_wrong_answer_of_its_own(id):
+    exercise = EVERY[id]
+    assert sorted(WRONG[id]) == sorted(mistake.name for mistake in exercise.mistakes)
+    assert len(exercise.mistakes) >= 4
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_constants_do_not_pass(id):
+    """An answer that ignores its input and returns what the first case expects is found out."""
+    exercise = EVERY[id]
+    case = next(iter(exercise.cases(torch.Generator().manual_seed(0))))
+    constant = exercise.solution(*case.args)
+    assert judge(exercise, lambda *args: constant).passed is False
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_cases_are_the_same_each_time_and_of_several_kinds(id):
+    exercise = EVERY[id]
+    first, second = (list(exercise.cases(torch.Generator().manual_seed(0))) for _ in range(2))
+    assert [case.label for case in first] == [case.label for case in second]
+    assert repr([case.args for case in first]) == repr([case.args for case in second])
+    assert len(first) >= 5 and len({case.label for case in first}) >= 4
+
+
+@pytest.mark.parametrize("id", EVERY)
+def test_described(id):
+    exercise = EVERY[id]
+    assert exercise.notebook in exercises.MODULES and exercise.difficulty in DIFFICULTIES
+    assert 5 <= exercise.minutes <= 45 and len(exercise.hints) >= 3 and exercise.objective and exercise.title
+    assert exercise.solution.__doc__ and not exercise.solution.__name__.startswith("_")
+    assert len({hint for hint in exercise.hints}) == len(exercise.hints)
+
+
+def test_enough_of_them_with_ids_and_titles_of_their_own():
+    assert len(EVERY) >= 24
+    assert len({exercise.title for exercise in EVERY.values()}) == len(EVERY)
+    assert len({exercise.solution.__name__ for exercise in EVERY.values()}) == len(EVERY)
+    listed = [exercise.id for name in exercises.MODULES for exercise in EVERY.values() if exercise.notebook == name]
+    assert listed == list(EVERY)
+    assert {exercise.notebook for exercise in EVERY.values()} == set(exercises.MODULES)
+    with pytest.raises(ValueError, match="did you mean 'zero-point'"):
+        exercises.get("zero-pont")
+    with pytest.raises(ValueError, match="there is no exercise 7"):
+        exercises.get(7)
+
+
+def test_an_endless_loop_ends():
+    def endless(*args):
+        while True:
+            try:
+                while True:
+                    pass
+            except Exception:
+                pass
+
+    impatient = dataclasses.replace(EVERY["zero-point"], seconds=0.2)
+    start = time.perf_counter()
+    verdict = judge(impatient, endless)
+    assert verdict.passed is False and "had not returned after 0.2 seconds" in verdict.text
+    assert time.perf_counter() - start < 10
+
+
+def test_a_loop_that_swallows_everything_does_not_hang_the_check():
+    stop = []
+
+    def stubborn(*args):
+        while not stop:
+            try:
+                time.sleep(0.01)
+            except BaseException:
+                pass
+
+    verdict = judge(dataclasses.replace(EVERY["zero-point"], seconds=0.1), stubborn)
+    stop.append(True)
+    assert verdict.passed is False and "had not returned" in verdict.text
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), RecursionError("deep")])
+def test_what_an_answer_raises_is_shown_short_and_as_its_own(error):
+    def mine(low, high, bits=8):
+        raise error
+
+    verdict = judge(EVERY["zero-point"], mine)
+    assert verdict.passed is False
+    line = next(line for line in verdict.text.splitlines() if "raised" in line)
+    assert type(error).__name__ in line and "in mine" in line and "raise error" in line
+    assert "course_utils" not in verdict.text
+
+
+def test_an_answer_must_be_a_function():
+    verdict = judge(EVERY["zero-point"], (0.5, 3))
+    assert verdict.passed is False and "hand over `affine_range` itself" in verdict.text
+
+
+def test_not_implemented_later_on_counts_as_attempted():
+    def half(low, high, bits=8):
+        if low > 0:
+            raise NotImplementedError
+        return EVERY["zero-point"].solution(low, high, bits)
+
+    assert judge(EVERY["zero-point"], half).passed is False
+
+
+def test_right_on_the_first_case_and_wrong_on_an_edge():
+    def brittle(low, high, bits=8):
+        scale = (high - low) / (2**bits - 1)
+        return scale, round(-low / scale)
+
+    verdict = judge(EVERY["zero-point"], brittle)
+    assert verdict.passed is False and "all positive" in verdict.text
+
+
+def test_arguments_are_copies():
+    kept = []
+
+    def keeps(x, scale, zero_point, bits=8):
+        kept.append(x)
+        x.mul_(0)
+        return x
+
+    first = judge(EVERY["fake-quantize"], keeps)
+    second = judge(EVERY["fake-quantize"], EVERY["fake-quantize"].solution)
+    assert first.passed is False and second.passed is True
+
+
+def test_right_values_with_the_input_changed_do_not_pass():
+    def messy(x):
+        found = EVERY["round-half-even"].solution(x)
+        x.zero_()
+        return found
+
+    verdict = judge(EVERY["round-half-even"], messy)
+    assert verdict.passed is False and "argument 1 was changed in place" in verdict.text
+
+
+def test_check_prints_the_verdict_and_returns_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_PROGRESS", str(tmp_path / "mine.json"))
+    exercise = EVERY["zero-point"]
+    result = exercises.check("zero-point", exercise.solution)
+    assert result.passed is True and capsys.readouterr().out.startswith("✔ Scale and zero point: all 12 cases")
+    result = exercises.check("zero-point", exercise.mistakes[0].function)
+    printed = capsys.readouterr().out
+    assert result.passed is False and result.mistake == exercise.mistakes[0].name
+    assert printed.startswith("✘ Scale and zero point: case 1 of 12") and exercise.mistakes[0].says in printed
+    result = exercises.check("zero-point", written(exercise.stub(), "affine_range"))
+    assert result.passed is None and "not attempted" in capsys.readouterr().out
+    assert result._ipython_display_() is None
+
+
+def test_hints_rise_and_start_again(capsys):
+    exercises.reset()
+    for _ in range(4):
+        exercises.hint("zero-point")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:11] for line in lines] == ["hint 1 of 3", "hint 2 of 3", "hint 3 of 3", "hint 1 of 3"]
+    assert EVERY["zero-point"].hints[2] in lines[2]
+
+
+def test_solution_is_the_tested_one(capsys):
+    exercises.solution("zero-point")
+    assert ast.dump(ast.parse(capsys.readouterr().out)) == ast.dump(ast.parse(EVERY["zero-point"].source()))
+
+
+def test_fill_keeps_what_stands_around_the_function():
+    exercise = EVERY["zero-point"]
+    cell = f"import math\n\n{exercise.stub()}\n\n\ncheck('zero-point', affine_range)"
+    filled = exercise.fill(cell)
+    assert filled.startswith("import math\n\ndef affine_range") and filled.endswith("check('zero-point', affine_range)")
+    assert "NotImplementedError" not in filled
+    with pytest.raises(ValueError, match="defines no affine_range"):
+        exercise.fill("x = 1")
+
+
+def test_a_case_describes_itself():
+    assert Case("empty", (1,)).label == "empty"

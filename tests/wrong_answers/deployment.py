@@ -1,0 +1,4 @@
+"""Wrong answers to the exercises of a notebook."""
+
+WRONG = {}
+ELSE = {}
