@@ -5,7 +5,29 @@ import itertools
 import matplotlib.pyplot as plt
 import numpy as np
 
-BLUE, ORANGE, GREEN, RED, GREY = "#2b6cb0", "#dd6b20", "#2f855a", "#c53030", "#a0aec0"
+# Okabe and Ito's palette (2008), which colour-blind readers can tell apart.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+SKY, PINK, BLACK = "#56B4E9", "#CC79A7", "#222222"
+CYCLE = (BLUE, ORANGE, GREEN, PINK, RED, SKY, BLACK)
+# One colour a method through the whole course; a label belongs to the first of these that it begins with.
+COLOURS = {
+    "FP32": BLACK,
+    "BF16": SKY,
+    "INT8": BLUE,
+    "INT4": PINK,
+    "nearest": GREY,
+    "bias correction": ORANGE,
+    "AdaRound": GREEN,
+    "GPTQ": BLUE,
+    "AWQ": PINK,
+    "QAT": GREEN,
+    "PTQ": BLUE,
+    "per tensor": RED,
+    "per channel": BLUE,
+    "groups of": GREEN,
+    "per group": GREEN,
+    "as many at random": RED,
+}
 
 
 def setup():
@@ -17,6 +39,7 @@ def setup():
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": "medium",
+            "axes.prop_cycle": plt.cycler(color=CYCLE),
             "legend.frameon": False,
         }
     )
@@ -29,21 +52,60 @@ def setup():
         set_matplotlib_formats("png", metadata={"Software": None})
 
 
-def number_bits(rows, title=""):
-    """Draw the bits of numbers: rows of `(label, bits, exponent_bits)` with bits as text of 0 and 1, sign bit first."""
+def _colours(labels):
+    """Return a dict of label → colour: that of the method it begins with, else the next of the cycle that is still free."""
+    found = {label: next((c for name, c in COLOURS.items() if label.startswith(name)), None) for label in labels}
+    free = itertools.cycle([colour for colour in CYCLE if colour not in found.values()] or CYCLE)
+    return {label: colour or next(free) for label, colour in found.items()}
+
+
+def _name_at_the_right(axis, lines, gap=12):
+    """Write the labels of `lines`, a dict of label → line, beside their last points; `gap`: pixels between two at least."""
+    axis.figure.canvas.draw()  # only then is it known where a point lies
+    ends = []
+    for label, line in lines.items():
+        y = np.asarray(line.get_ydata(), dtype=float)
+        # In an inverted axis the last point is the one with the smallest x.
+        last = y[-1] if len(y) < 2 or (line.get_xdata()[-1] > line.get_xdata()[0]) != axis.xaxis_inverted() else y[0]
+        ends.append((axis.transData.transform((axis.get_xlim()[1], last))[1], label, line.get_color()))
+    ends.sort(key=lambda end: end[0])
+    places = [height for height, *_ in ends]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + gap)
+    too_high = max(0.0, places[-1] - axis.transAxes.transform((1, 1))[1]) if places else 0.0
+    for place, (_, label, colour) in zip(places, ends, strict=True):
+        y = axis.transAxes.inverted().transform((0, place - too_high))[1]
+        axis.annotate(
+            label,
+            (1.01, y),
+            xycoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            annotation_clip=False,
+        )
+
+
+def number_bits(rows, title="", axis=None):
+    """Draw the bits of numbers: rows of `(label, bits, exponent_bits)` with bits as text of 0 and 1, sign bit first.
+
+    axis: draw into these axes instead of a new figure.
+    """
     width = max(len(bits) for _, bits, _ in rows)
-    figure, axis = plt.subplots(figsize=(0.27 * width + 2.2, 0.5 * len(rows) + 0.6))
+    if axis is None:
+        _, axis = plt.subplots(figsize=(0.27 * width + 2.2, 0.5 * len(rows) + 0.6))
     for y, (label, bits, exponent_bits) in enumerate(reversed(rows)):
         for x, bit in enumerate(bits):
             colour = RED if x == 0 else (GREEN if x <= exponent_bits else BLUE)
-            axis.add_patch(
+            # Not add_patch, which would look for the limits again each time.
+            axis.add_artist(
                 plt.Rectangle((x, y + 0.1), 0.94, 0.8, color=colour, alpha=0.85 if bit == "1" else 0.25, lw=0)
             )
             axis.text(x + 0.47, y + 0.5, bit, ha="center", va="center", fontsize=8)
         axis.text(-0.4, y + 0.5, label, ha="right", va="center")
     axis.set(xlim=(-0.2, width), ylim=(0, len(rows)), title=title)
     axis.axis("off")
-    return figure
+    return axis.figure
 
 
 def number_lines(grids, *, xlabel, title="", log=False):
@@ -123,21 +185,28 @@ def filters(weights, labels):
 def ladder(results, *, chance=0.1, title="", reference=None):
     """Draw accuracy against bits: results is a dict of scheme → {bits: Proportion}; bars show the 95 % interval."""
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    markers = itertools.cycle("osD^v")
+    markers, colours = itertools.cycle("osD^v"), _colours(results)
     for scheme, by_bits in results.items():
         bits = sorted(by_bits, reverse=True)
         value = np.array([by_bits[b].value for b in bits])
         below = value - np.array([by_bits[b].low for b in bits])
         above = np.array([by_bits[b].high for b in bits]) - value
         axis.errorbar(
-            bits, 100 * value, yerr=100 * np.stack([below, above]), marker=next(markers), capsize=3, label=scheme
+            bits,
+            100 * value,
+            yerr=100 * np.stack([below, above]),
+            marker=next(markers),
+            capsize=3,
+            label=scheme,
+            color=colours[scheme],
         )
+    ends = {scheme: container.lines[0] for scheme, container in zip(results, axis.containers, strict=True)}
     if reference is not None:
-        axis.axhline(100 * reference.value, color=GREY, lw=1, ls="--", label="FP32")
-    axis.axhline(100 * chance, color=GREY, lw=1, ls=":", label="guessing")
+        ends["FP32"] = axis.axhline(100 * reference.value, color=BLACK, lw=1, ls="--")
+    ends["guessing"] = axis.axhline(100 * chance, color=GREY, lw=1, ls=":")
     axis.invert_xaxis()
     axis.set(xlabel="bits per weight", ylabel="accuracy, %", title=title, ylim=(0, 100), xticks=bits)
-    axis.legend()
+    _name_at_the_right(axis, ends)
     return figure
 
 
@@ -201,41 +270,41 @@ def bars(values, *, xlabel, title="", colours=None):
 def lines(x, series, *, xlabel, ylabel, title="", log=False):
     """Draw curves over a common axis: series is a dict of label → values; `log` makes both axes logarithmic."""
     figure, axis = plt.subplots(figsize=(7, 3.4))
+    colours = _colours(series)
     for label, values in series.items():
-        axis.plot(np.asarray(x), np.asarray(values), label=label, lw=1.2)
+        axis.plot(np.asarray(x), np.asarray(values), label=label, lw=1.2, color=colours[label])
     if log:
         axis.set(xscale="log", yscale="log")
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    if len(series) > 5:  # too many to find a free corner for
-        figure.legend(loc="outside right upper")
-    elif len(series) > 1:
-        axis.legend()
+    if len(series) > 1:
+        _name_at_the_right(axis, dict(zip(series, axis.lines, strict=True)))
     return figure
 
 
 def interval_lines(x, series, *, xlabel, ylabel, title="", log2=False, baseline=None):
     """Draw curves with their intervals as bands: series is a dict of label → `(values, lows, highs)`, one of each an x."""
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    markers = itertools.cycle("osD^v")
+    markers, colours = itertools.cycle("osD^v"), _colours(series)
     for label, (values, lows, highs) in series.items():
-        (line,) = axis.plot(x, values, marker=next(markers), ms=4, lw=1.2, label=label)
+        (line,) = axis.plot(x, values, marker=next(markers), ms=4, lw=1.2, label=label, color=colours[label])
         axis.fill_between(x, lows, highs, color=line.get_color(), alpha=0.15, lw=0)
+    named = dict(zip(series, axis.lines, strict=True))
     if baseline is not None:
         axis.axhline(baseline, color=GREY, ls="--", lw=1)
     if log2:
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(value) for value in x])
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend()
+    _name_at_the_right(axis, named)
     return figure
 
 
 def curves(series, *, labels, xlabel, ylabel, title=""):
     """Draw curves through labelled points: series is a dict of name → `(x, y)`, and `labels` are those of each curve's points."""
     figure, axis = plt.subplots(figsize=(7, 3.6))
-    markers = itertools.cycle("osD^v")
+    markers, colours = itertools.cycle("osD^v"), _colours(series)
     for name, (x, y) in series.items():
-        (line,) = axis.plot(x, y, marker=next(markers), ms=4, lw=1.2, label=name)
+        (line,) = axis.plot(x, y, marker=next(markers), ms=4, lw=1.2, label=name, color=colours[name])
         for label, *point in zip(labels, x, y, strict=True):
             axis.annotate(label, point, (4, -11), textcoords="offset points", fontsize=8, color=line.get_color())
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -249,12 +318,19 @@ def pareto(series, *, xlabel, ylabel, title="", baseline=None, log=False):
     log: sizes on a logarithmic axis.
     """
     figure, axis = plt.subplots(figsize=(7, 3.8))
-    markers = itertools.cycle("osD^v")
+    markers, colours = itertools.cycle("osD^v"), _colours(series)
     for strategy, points in series.items():
         sizes, values, lows, highs, labels = zip(*sorted(points), strict=True)
         below, above = np.subtract(values, lows), np.subtract(highs, values)
         line = axis.errorbar(
-            sizes, values, yerr=np.stack([below, above]), marker=next(markers), capsize=3, lw=1.2, label=strategy
+            sizes,
+            values,
+            yerr=np.stack([below, above]),
+            marker=next(markers),
+            capsize=3,
+            lw=1.2,
+            label=strategy,
+            color=colours[strategy],
         )
         for size, value, label in zip(sizes, values, labels, strict=True):
             axis.annotate(
@@ -292,7 +368,7 @@ def roofline(peaks, bandwidth, points, *, title="", named=()):
     names to write beside their points.
     """
     figure, axis = plt.subplots(figsize=(7.5, 4.4))
-    colours = dict(zip(peaks, itertools.cycle([BLUE, GREEN, ORANGE, RED]), strict=False))
+    colours = _colours(peaks)
     intensities = [point[0] for found in points.values() for point in found]
     ridges = {name: peak / bandwidth for name, peak in peaks.items()}
     left = min([*intensities, *ridges.values()]) / 2

@@ -66,7 +66,7 @@ def test_predictions_are_green_when_right_and_red_when_wrong():
     shares = {"FP32": torch.tensor([[0.9, 0.1], [0.8, 0.2]])}
     figure = plots.predictions(pixels, torch.tensor([0, 1]), shares, ("bag", "coat"))
     best = [matplotlib.colors.to_hex(axis.patches[0].get_facecolor()) for axis in figure.axes[2:]]
-    assert best == [plots.GREEN, plots.RED]
+    assert best == [plots.GREEN.lower(), plots.RED.lower()]
     assert all(word in texts(figure) for word in ("FP32", "bag", "coat"))
 
 
@@ -84,6 +84,7 @@ def test_the_ladder_shows_values_with_their_intervals_and_lower_bits_to_the_righ
     figure = plots.ladder(results, reference=share, title="Ladder")
     axis = figure.axes[0]
     line, _, (bars,) = axis.containers[0].lines
+    assert line.get_color() == plots.COLOURS["per channel"]
     assert line.get_xydata() == pytest.approx(torch.tensor([[8.0, 90.0], [4.0, 80.0]]).numpy())
     assert bars.get_segments()[0][:, 1] == pytest.approx([100 * share.low, 100 * share.high], abs=1e-3)
     assert axis.xaxis_inverted()
@@ -106,13 +107,16 @@ def test_channels_are_sorted_by_their_range():
 def test_bars_are_in_the_order_given_from_the_top():
     figure = plots.bars({"FP32": 44.8, "INT8": 11.3}, xlabel="MB", colours=[plots.GREY, plots.BLUE])
     assert [patch.get_width() for patch in figure.axes[0].patches] == [11.3, 44.8]
-    assert matplotlib.colors.to_hex(figure.axes[0].patches[0].get_facecolor()) == plots.BLUE
+    assert matplotlib.colors.to_hex(figure.axes[0].patches[0].get_facecolor()) == plots.BLUE.lower()
 
 
-def test_lines_have_a_legend_when_there_are_several():
+def test_lines_have_their_names_beside_them_when_there_are_several():
     one = plots.lines([1, 10], {"a": [1, 2]}, xlabel="x", ylabel="y")
     two = plots.lines([1, 10], {"a": [1, 2], "b": [3, 4]}, xlabel="x", ylabel="y", log=True)
-    assert one.axes[0].get_legend() is None and two.axes[0].get_legend() is not None
+    assert not one.axes[0].texts
+    names = {text.get_text(): text for text in two.axes[0].texts}
+    assert set(names) == {"a", "b"} and names["b"].xy[1] > names["a"].xy[1]
+    assert [names[line.get_label()].get_color() for line in two.axes[0].lines] == [plots.BLUE, plots.ORANGE]
     assert two.axes[0].get_xscale() == two.axes[0].get_yscale() == "log"
 
 
@@ -132,7 +136,7 @@ def test_lines_with_intervals_have_a_band_each_and_name_their_counts():
     ).axes[0]
     assert len(axis.collections) == 2 and len(axis.lines) == 3
     assert [label.get_text() for label in axis.get_xticklabels()] == ["1", "64"]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["real", "noise"]
+    assert {text.get_text() for text in axis.texts} == {"real", "noise"}
 
 
 def test_a_pareto_plot_joins_the_points_of_a_strategy_by_size_and_labels_each():
@@ -178,3 +182,18 @@ def test_a_roofline_has_one_slope_a_roof_for_each_precision_and_the_layers_below
     assert axis.get_xlim()[0] < 0.5 and axis.get_xlim()[1] > 200
     assert all(word in texts(figure) for word in ("20 GB/s", "FP32: 100 G/s", "INT8: 400 G/s", "fc", "Roofline"))
     assert "conv1" not in texts(figure)
+
+
+def test_names_at_the_right_do_not_lie_on_one_another():
+    series = {f"line {i}": [0, i / 1000] for i in range(6)}
+    figure = plots.lines([0, 1], series, xlabel="x", ylabel="y")
+    figure.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == 6 and all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
+
+
+def test_a_method_has_one_colour_in_every_picture():
+    axis = plots.lines([1, 2], {"AdaRound": [1, 2], "nearest": [1, 3]}, xlabel="x", ylabel="y").axes[0]
+    curve = plots.curves({"nearest, 3 bits": ([1, 2], [1, 2])}, labels="ab", xlabel="x", ylabel="y").axes[0]
+    assert axis.lines[1].get_color() == curve.lines[0].get_color() == plots.COLOURS["nearest"]
+    assert axis.lines[0].get_color() == plots.COLOURS["AdaRound"]
