@@ -14,7 +14,7 @@ NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDG
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all test lint unit test-notebooks lab doctor train train-lowbit train-lm arms ladder results report compare lock clean always
+.PHONY: help setup run-all solved test lint unit test-notebooks lab doctor train train-lowbit train-lm arms ladder results report compare lock clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -25,6 +25,9 @@ setup: $(INSTALLED) ## Create .venv and install everything; TORCH=cpu: CPU build
 
 run-all: $(INSTALLED) ## Run every notebook and refresh it; FAST=1: smaller numbers, outputs to results/fast, ONLY=03: one
 	@$(PY) -m course_utils.tools.run $(if $(filter-out 0,$(FAST)),--fast) $(if $(ONLY),--only $(ONLY))
+
+solved: $(INSTALLED) ## Run every notebook with all exercises solved, on smaller numbers, into results/solved; ONLY=03: one
+	@$(PY) -m course_utils.tools.run --fast --solved $(if $(ONLY),--only $(ONLY))
 
 test: lint unit test-notebooks ## Lint, unit tests, and every notebook executed and compared with its committed outputs
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from course_utils import exercises
 from course_utils.tools.clean import WIDGET_STATE, clean
 from course_utils.tools.run import run
 from tests.toys import ROOT, edit, write_notebook
@@ -255,3 +256,53 @@ def test_stale_injected_cell_is_dropped(tmp_path):
     assert launch(tmp_path).code == 0
     assert [cell.source for cell in nbformat.read(path, as_version=4).cells] == ["# A toy", "N = 1", "print(N)"]
     assert outputs(path)[-1][0].text == "1\n"
+
+
+def exercise(folder, id, change=lambda source: source):
+    """A notebook with the stub of an exercise, as the course's own have it."""
+    stub = change(exercises.get(id).stub())
+    name = exercises.get(id).solution.__name__
+    write_notebook(
+        folder / "00_toy.ipynb",
+        "import torch\nfrom course_utils import exercises",
+        f'{stub}\n\n\nexercises.check("{id}", {name})',
+        "print('after')",
+    )
+    edit(folder / "00_toy.ipynb", lambda notebook: notebook.cells[2].metadata.update(tags=["exercise"]))
+    return folder / "00_toy.ipynb"
+
+
+def test_solved_edition_has_every_exercise_pass_and_leaves_the_stub_alone(tmp_path):
+    path = exercise(tmp_path, "zero-point")
+    before = path.read_bytes()
+    result = launch(tmp_path, solved=True)
+    assert result.code == 0 and path.read_bytes() == before
+    solved = nbformat.read(tmp_path / "results" / "solved" / "00_toy.ipynb", as_version=4)
+    assert exercises.get("zero-point").source().rstrip() in solved.cells[2].source
+    assert "NotImplementedError" not in solved.cells[2].source
+    assert solved.cells[2].outputs[0].text.startswith("✔ Scale and zero point")
+    assert solved.cells[3].outputs[0].text == "after\n"
+
+
+def test_unsolved_exercises_stop_nothing(tmp_path):
+    path = exercise(tmp_path, "zero-point")
+    assert launch(tmp_path).code == 0
+    assert [output[0].text[:1] for output in outputs(path)[1:]] == ["○", "a"]
+
+
+def test_solved_edition_fails_when_a_cell_asks_for_another_function(tmp_path):
+    exercise(tmp_path, "zero-point", lambda stub: stub.replace("affine_range", "other"))
+    result = launch(tmp_path, solved=True)
+    assert result.code == 1 and "defines no affine_range" in result.err
+
+
+def test_solved_edition_fails_when_the_check_does_not_pass(tmp_path, monkeypatch):
+    path = exercise(tmp_path, "zero-point")
+
+    def check_another(notebook):
+        notebook.cells[2].source = notebook.cells[2].source.replace(", affine_range)", ", len)")
+
+    edit(path, check_another)
+    result = launch(tmp_path, solved=True)
+    assert result.code == 1 and "not solved by its solution" in result.err
+    assert not (tmp_path / "results" / "solved" / "00_toy.ipynb").exists()

@@ -1,14 +1,16 @@
-"""Run the notebooks in order: `make run-all`, or `python -m course_utils.tools.run [--fast] [--only NN ...]`.
+"""Run the notebooks in order: `make run-all`, or `python -m course_utils.tools.run [--fast] [--solved] [--only NN ...]`.
 
 A notebook is executed in memory and replaces its committed file in one step, and only when every cell passed; its
 numbers go into the ledger at the same moment. Fast mode hands each notebook the smaller numbers of its own metadata
-(`course.fast`) as papermill parameters and leaves the results in `results/fast/`.
+(`course.fast`) as papermill parameters and leaves the results in `results/fast/`. The solved edition has every exercise
+filled with its tested solution, and each has to pass; it goes to `results/solved/`.
 """
 
 import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -31,6 +33,7 @@ from course_utils.tools.clean import KERNELSPEC, clean, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL_TIMEOUT = 900  # seconds; a cell that hangs must not hang the run
+CHECK = re.compile(r"""\bcheck\(["']([\w-]+)["']""")  # in a cell tagged `exercise`
 for chatty in ("papermill", "asyncio"):  # what they would say of a dead or stopped kernel, this file says in one line
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
@@ -49,18 +52,28 @@ class NotebookError(Exception):
     """A notebook could not be run to its end; the message names the cell and the error."""
 
 
-def run(folder=ROOT / "notebooks", *, only=(), fast=False, results=ROOT / "results", ledger=None, timeout=CELL_TIMEOUT):
+def run(
+    folder=ROOT / "notebooks",
+    *,
+    only=(),
+    fast=False,
+    solved=False,
+    results=ROOT / "results",
+    ledger=None,
+    timeout=CELL_TIMEOUT,
+):
     """Run the notebooks `NN_*.ipynb` of `folder` in order, print the progress and a closing table; return an exit code.
 
     only: beginnings of file names, such as "03"; all notebooks if empty. fast: smaller parameters, outputs to
-    `results`/fast instead of back into `folder`. ledger: the JSON file that collects the records of the notebooks that
-    passed (`data/ledger.json`, in fast mode one in `results`/fast). timeout: seconds that one cell may take.
+    `results`/fast instead of back into `folder`. solved: with the exercises solved, outputs to `results`/solved. ledger: the
+    JSON file that collects the records of the notebooks that passed (`data/ledger.json`, or one beside the outputs when
+    they do not go back into `folder`). timeout: seconds that one cell may take.
 
     Exit codes: 0 all passed, 1 a notebook failed, 2 nothing was run (message says why), 128 + signal when interrupted.
     """
     folder = Path(folder)
-    target = Path(results) / "fast" if fast else folder
-    ledger = Path(ledger or (target / "ledger.json" if fast else ROOT / "data" / "ledger.json"))
+    target = Path(results) / ("solved" if solved else "fast") if fast or solved else folder
+    ledger = Path(ledger or (ROOT / "data" / "ledger.json" if target == folder else target / "ledger.json"))
     outcomes = []
     try:
         notebooks = _select(folder, only)
@@ -69,7 +82,7 @@ def run(folder=ROOT / "notebooks", *, only=(), fast=False, results=ROOT / "resul
                 leftover.unlink()
             outcomes += [Outcome(path.stem) for path in notebooks]
             for path, outcome in zip(notebooks, outcomes, strict=True):
-                _run_one(path, target / path.name, outcome, fast, ledger, Path(scratch), timeout)
+                _run_one(path, target / path.name, outcome, (fast, solved), ledger, Path(scratch), timeout)
     except _NothingRun as error:
         print(error, file=sys.stderr)
         return 2
@@ -124,15 +137,20 @@ def _signals_raise():
             signal.signal(number, handler)
 
 
-def _run_one(path, target, outcome, fast, ledger, scratch, timeout):
+def _run_one(path, target, outcome, edition, ledger, scratch, timeout):
+    fast, solved = edition
     records = scratch / f"{path.stem}.json"
     progress = _Progress(outcome)
     started = time.perf_counter()
     outcome.verdict = "interrupted"
     try:
         notebook, parameters = _load(path, fast)
+        if solved:
+            _solve(notebook)
         environment = _environment(scratch, "fast" if fast else "full", records, ledger)
         executed = _execute(notebook, parameters, path.parent, environment, progress, timeout)
+        if solved:
+            _check_solved(executed)
         if records.exists():
             from course_utils import ledger as ledgers
 
@@ -160,6 +178,24 @@ def _load(path, fast):
     if stale:
         raise NotebookError(f"its metadata hold fast values its `parameters` cell does not assign: {', '.join(stale)}.")
     return notebook, dict(values)
+
+
+def _exercises(notebook):
+    return [cell for cell in notebook.cells if "exercise" in cell.metadata.get("tags", ())]
+
+
+def _solve(notebook):
+    from course_utils import exercises
+
+    for cell in _exercises(notebook):
+        cell.source = exercises.get(CHECK.search(cell.source)[1]).fill(cell.source)
+
+
+def _check_solved(notebook):
+    for cell in _exercises(notebook):
+        printed = "".join(output.get("text", "") for output in cell.outputs)
+        if "✔" not in printed:
+            raise NotebookError(f"its exercise is not solved by its solution:\n{printed}")
 
 
 def _injected(cell):
@@ -289,10 +325,11 @@ def main(arguments=None):
     """Parse the command line and run; a full run that passed also writes the README's results. Return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m course_utils.tools.run", description="Run the course's notebooks.")
     parser.add_argument("--fast", action="store_true", help="smaller parameters; outputs go to results/fast/")
+    parser.add_argument("--solved", action="store_true", help="exercises solved; outputs go to results/solved/")
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="notebooks that begin with these, e.g. 03")
     options = parser.parse_args(arguments)
-    code = run(only=options.only, fast=options.fast)
-    if code == 0 and not options.fast:
+    code = run(only=options.only, fast=options.fast, solved=options.solved)
+    if code == 0 and not options.fast and not options.solved:
         from course_utils.tools import results
 
         results.write_readme()
