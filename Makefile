@@ -38,9 +38,11 @@ lint: $(INSTALLED) ## Check style and format of code and notebooks
 unit: $(INSTALLED) ## The unit tests alone
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(WORKERS) --dist worksteal
 
-test-notebooks: $(INSTALLED) ## The notebooks alone, executed and compared
-	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(NOTEBOOK_ENV) $(PY) -m pytest \
-		--nbval --nbval-current-env --nbval-cell-timeout 900 --nbval-sanitize-with tests/nbval_sanitize.cfg notebooks
+# The solved edition, that is the committed notebooks with every exercise filled: its cells have to print "passed".
+test-notebooks: $(INSTALLED) ## The notebooks alone, executed with exercises solved, and compared with what is committed
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PY) -m course_utils.tools.solve "$$scratch/solved" \
+		&& $(NOTEBOOK_ENV) $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 900 \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg -c pyproject.toml "$$scratch/solved"
 
 lab: $(INSTALLED) ## Open the course in JupyterLab
 	@$(PY) -m jupyterlab notebooks

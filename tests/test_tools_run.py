@@ -304,5 +304,5 @@ def test_solved_edition_fails_when_the_check_does_not_pass(tmp_path, monkeypatch
 
     edit(path, check_another)
     result = launch(tmp_path, solved=True)
-    assert result.code == 1 and "not solved by its solution" in result.err
+    assert result.code == 1 and "an exercise is not solved" in result.err
     assert not (tmp_path / "results" / "solved" / "00_toy.ipynb").exists()

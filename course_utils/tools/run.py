@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import logging
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -33,7 +32,6 @@ from course_utils.tools.clean import KERNELSPEC, clean, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL_TIMEOUT = 900  # seconds; a cell that hangs must not hang the run
-CHECK = re.compile(r"""\bcheck\(["']([\w-]+)["']""")  # in a cell tagged `exercise`
 for chatty in ("papermill", "asyncio"):  # what they would say of a dead or stopped kernel, this file says in one line
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
@@ -146,11 +144,14 @@ def _run_one(path, target, outcome, edition, ledger, scratch, timeout):
     try:
         notebook, parameters = _load(path, fast)
         if solved:
-            _solve(notebook)
+            from course_utils.tools import solve
+
+            solve.solve(notebook)
+            verdicts = [cell.outputs[0].text for cell, _ in solve.cells(notebook)]
         environment = _environment(scratch, "fast" if fast else "full", records, ledger)
         executed = _execute(notebook, parameters, path.parent, environment, progress, timeout)
-        if solved:
-            _check_solved(executed)
+        if solved and [_printed(cell) for cell, _ in solve.cells(executed)] != verdicts:
+            raise NotebookError("an exercise is not solved by its solution.")
         if records.exists():
             from course_utils import ledger as ledgers
 
@@ -180,22 +181,8 @@ def _load(path, fast):
     return notebook, dict(values)
 
 
-def _exercises(notebook):
-    return [cell for cell in notebook.cells if "exercise" in cell.metadata.get("tags", ())]
-
-
-def _solve(notebook):
-    from course_utils import exercises
-
-    for cell in _exercises(notebook):
-        cell.source = exercises.get(CHECK.search(cell.source)[1]).fill(cell.source)
-
-
-def _check_solved(notebook):
-    for cell in _exercises(notebook):
-        printed = "".join(output.get("text", "") for output in cell.outputs)
-        if "✔" not in printed:
-            raise NotebookError(f"its exercise is not solved by its solution:\n{printed}")
+def _printed(cell):
+    return "".join(output.get("text", "") for output in cell.outputs)
 
 
 def _injected(cell):
