@@ -17,9 +17,10 @@ hypothesis.settings.load_profile("course")
 
 @pytest.fixture(autouse=True)
 def own_ledger(tmp_path, monkeypatch):
-    """Let every test write its measurements into a file of its own."""
+    """Let every test write its measurements and its progress into files of its own."""
     monkeypatch.setenv("COURSE_LEDGER", str(tmp_path / "ledger.json"))
     monkeypatch.setenv("COURSE_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setenv("COURSE_PROGRESS", str(tmp_path / "progress.json"))
 
 
 @pytest.fixture(autouse=True)

@@ -207,7 +207,8 @@ def test_check_prints_the_verdict_and_returns_it(capsys, monkeypatch, tmp_path):
     assert result._ipython_display_() is None
 
 
-def test_hints_rise_and_start_again(capsys):
+def test_hints_rise_and_start_again(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_PROGRESS", str(tmp_path / "mine.json"))
     exercises.reset()
     for _ in range(4):
         exercises.hint("zero-point")

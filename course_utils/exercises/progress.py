@@ -1,5 +1,6 @@
 """What a learner has solved, in one small file of their own: `.progress.json` in the checkout, or `$COURSE_PROGRESS`."""
 
+import contextlib
 import csv
 import datetime
 import json
@@ -18,11 +19,11 @@ def path():
 
 
 def read():
-    """Return a dict of id → `{"status", "tries", "when"}`; empty when nothing was done yet.
+    """Return a dict of id → `{"status", "tries", "when"}`; empty when nothing was done yet, and under `COURSE_RUN`.
 
-    Raises `DataFileError` when the file is damaged or of a newer version.
+    Raises `DataFileError` when the file is damaged, of a newer version, or cannot be read.
     """
-    if not path().exists():
+    if os.environ.get("COURSE_RUN"):
         return {}
     try:
         stored = json.loads(path().read_text(encoding="utf-8"))
@@ -35,7 +36,11 @@ def read():
             for key, row in stored["done"].items()
             if row["status"] in (SOLVED, ATTEMPTED)
         }
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise files.DataFileError(f"{path()} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise files.DataFileError(
             f"{path().name} is damaged: delete it to start anew (what you wrote in the notebooks is not in it)"
         ) from None
@@ -44,7 +49,8 @@ def read():
 def note(key, passed):
     """Remember one more try at `key`; what was solved stays solved. Returns a sentence when it cannot be written, or None.
 
-    Nothing is remembered while notebooks are run by the runner or by the tests.
+    Nothing is remembered while notebooks are run by the runner or by the tests (`COURSE_RUN`): what they print is the same
+    whoever runs them.
     """
     if os.environ.get("COURSE_RUN"):
         return None
@@ -55,14 +61,17 @@ def note(key, passed):
         when = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         done[key] = {"status": status, "tries": before["tries"] + 1, "when": when}
         _write(done)
-    except (OSError, files.DataFileError) as error:
+    except files.DataFileError as error:
         return f"(not remembered: {error})"
+    except OSError as error:
+        return f"(not remembered: {path()} cannot be written: {error.strerror}; COURSE_PROGRESS may name another file)"
     return None
 
 
 def reset():
     """Forget everything."""
-    path().unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path().unlink()
 
 
 def export(target, rows):

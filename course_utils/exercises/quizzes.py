@@ -1,12 +1,20 @@
-"""Quizzes: questions with options, each wrong one with its own explanation; kept as text in `quizzes/NN.toml`."""
+"""Quizzes: questions with options, each wrong one with its own explanation; kept as text in `quizzes/NN.toml`.
+
+A question's id is its notebook and its place in that file, and progress is kept by it: new questions go to the end.
+"""
 
 import functools
 import html
+import re
+import textwrap
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
 
+from ..tables import Table
+
 LETTERS = "abcdef"
+WIDTH = 100  # of plain text, in characters
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,11 @@ class Question:
 
     def option(self, letter):
         """Return the `Option` of that letter. Raises `ValueError` for others."""
-        letters = LETTERS[: len(self.options)]
-        if not isinstance(letter, str) or letter.strip().lower() not in letters or not letter.strip():
+        letters = list(LETTERS[: len(self.options)])
+        chosen = letter.strip().lower() if isinstance(letter, str) else letter
+        if chosen not in letters:
             raise ValueError(f"question {self.id} has the answers {', '.join(letters)}; this is {letter!r}")
-        return self.options[letters.index(letter.strip().lower())]
+        return self.options[letters.index(chosen)]
 
 
 class Quiz:
@@ -42,10 +51,13 @@ class Quiz:
         self.questions = questions
 
     def __repr__(self):
-        return "\n\n".join(_plain(question) for question in self.questions)
+        return "\n\n".join([_plain(question) for question in self.questions] + [self._how_to_answer()])
 
     def _repr_html_(self):
-        return "\n".join(_html(question) for question in self.questions)
+        return "\n".join([*map(_html, self.questions), f"<p>{_rich(self._how_to_answer())}</p>"])
+
+    def _how_to_answer(self):
+        return f'To answer: `quiz("{self.questions[0].id}", "a")`. It tells you why, and progress() counts it.'
 
 
 def questions(notebook):
@@ -67,34 +79,41 @@ def _all():
             continue
         notebook = file.name.removesuffix(".toml")
         for number, row in enumerate(tomllib.loads(file.read_text(encoding="utf-8"))["question"], start=1):
-            options = tuple(Option(o["text"], o.get("right", False), o["why"].strip()) for o in row["option"])
+            options = tuple(Option(_line(o["text"]), o.get("right", False), _line(o["why"])) for o in row["option"])
             table = tuple(tuple(line) for line in row.get("table", ()))
-            found.append(Question(f"{notebook}.{number}", row["text"].strip(), options, table))
+            found.append(Question(f"{notebook}.{number}", _line(row["text"]), options, table))
     return tuple(found)
 
 
+def _line(text):
+    return " ".join(text.split())  # how lines break in the file means nothing
+
+
 def _plain(question):
-    lines = [f"{question.id}  {question.text}"]
+    lines = [textwrap.fill(f"{question.id}  {question.text}", WIDTH)]
     if question.table:
-        widths = [max(len(row[i]) for row in question.table) for i in range(len(question.table[0]))]
-        cells = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in question.table]
-        lines += ["    " + "  ".join(row).rstrip() for row in cells]
-    lines += [f"  {letter}) {o.text}" for letter, o in zip(LETTERS, question.options, strict=False)]
-    return "\n".join([*lines, f'  answer with quiz("{question.id}", "a")'])
+        head, *rows = question.table
+        lines.append(textwrap.indent(str(Table(head, rows)), "    "))
+    for letter, option in zip(LETTERS, question.options, strict=False):
+        lines.append(textwrap.fill(f"{letter}) {option.text}", WIDTH, initial_indent="  ", subsequent_indent="     "))
+    return "\n".join(lines)
 
 
 def _html(question):
     # <details> needs neither script nor kernel: it unfolds in JupyterLab, Colab, GitHub's viewers and the web edition.
-    parts = [f"<p><b>{question.id}</b>&ensp;{html.escape(question.text)}</p>"]
+    parts = [f"<p><b>{question.id}</b>&ensp;{_rich(question.text)}</p>"]
     if question.table:
         head, *rows = question.table
-        cells = ["".join(f"<th>{html.escape(cell)}</th>" for cell in head)]
-        cells += ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows]
+        cells = ["".join(f"<th>{_rich(cell)}</th>" for cell in head)]
+        cells += ["".join(f"<td>{_rich(cell)}</td>" for cell in row) for row in rows]
         parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
     for letter, option in zip(LETTERS, question.options, strict=False):
         verdict = "✔ Right." if option.right else "✗ No."
         parts.append(
-            f"<details><summary>{letter}) {html.escape(option.text)}</summary>"
-            f"<p>{verdict} {html.escape(option.why)}</p></details>"
+            f"<details><summary>{letter}) {_rich(option.text)}</summary><p>{verdict} {_rich(option.why)}</p></details>"
         )
     return "<div>" + "".join(parts) + "</div>"
+
+
+def _rich(text):
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))

@@ -1,7 +1,7 @@
-"""How long a notebook takes a reader: `python -m course_utils.tools.minutes` writes it at the head of each.
+"""How long a notebook takes a reader: `python -m course_utils.tools.minutes` writes it at the head of each, and in README.
 
-Reading: 200 words a minute (adults read plain English at 238, Brysbaert 2019, and this is not plain), 3 seconds for a line of
-code or of printed output, 45 seconds for a picture, a minute for a question of the quiz. Exercises: as each one says.
+Reading: 238 words a minute (the mean of adults who read English non-fiction, Brysbaert 2019), 2 seconds for a line of code or
+of printed output, 30 seconds for a picture, 45 for a question of the quiz. Exercises: as each one says. The seconds are guesses.
 """
 
 import re
@@ -18,21 +18,28 @@ ROUND_TO = 5
 
 
 def minutes(notebook, number):
-    """Return `(reading, exercises)` in minutes, rounded up to fives, of the `notebook` whose name begins with `number`."""
+    """Return `(reading, exercises)` in minutes, rounded to fives, of the `notebook` whose name begins with `number`."""
     seconds = 0.0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            seconds += len(re.findall(r"\w+", cell.source)) * 60 / 200
+            seconds += len(re.findall(r"\w+", cell.source)) * 60 / 238
             continue
         if "exercise" in cell.metadata.get("tags", ()):
             continue
         printed = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in cell.outputs]
         pictures = sum("image/png" in output.get("data", {}) for output in cell.outputs)
-        seconds += 3 * len([line for text in [cell.source, *printed] for line in text.splitlines() if line.strip()])
-        seconds += 45 * pictures
-    questions = exercises.quiz(number).questions
+        seconds += 2 * len([line for text in [cell.source, *printed] for line in text.splitlines() if line.strip()])
+        seconds += 30 * pictures
+    seconds += 45 * len(exercises.quiz(number).questions)
     solving = sum(exercise.minutes for exercise in exercises.every().values() if exercise.notebook == number)
-    return _rounded(seconds / 60 + len(questions)), _rounded(solving)
+    return _rounded(seconds / 60), _rounded(solving)
+
+
+def in_readme(text, minutes):
+    """Return README's `text` with the minutes, a dict of "00" → number, in its table of notebooks."""
+    for number, value in minutes.items():
+        text = re.sub(rf"^(\| \[{number} [^|]*\| )\d+", rf"\g<1>{value}", text, flags=re.MULTILINE)
+    return text
 
 
 def head(notebook, number):
@@ -44,20 +51,22 @@ def head(notebook, number):
 
 
 def _rounded(value):
-    return -int(-value // ROUND_TO) * ROUND_TO
+    return round(value / ROUND_TO) * ROUND_TO
 
 
 def main():
-    total = 0
+    found = {}
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         notebook, number = nbformat.read(path, as_version=4), path.name[:2]
         first = notebook.cells[0]
         first.source = HEAD.sub(head(notebook, number), first.source, count=1)
         notebook.metadata["course"]["minutes"] = sum(minutes(notebook, number))
         files.write_text(path, to_text(notebook))
-        total += notebook.metadata["course"]["minutes"]
+        found[number] = notebook.metadata["course"]["minutes"]
         print(path.stem, HEAD.search(first.source)[0].strip("* "))
-    print(f"the whole course: {total / 60:.1f} hours")
+    readme = ROOT / "README.md"
+    files.write_text(readme, in_readme(readme.read_text(encoding="utf-8"), found))
+    print(f"the whole course: {sum(found.values()) / 60:.1f} hours")
 
 
 if __name__ == "__main__":
