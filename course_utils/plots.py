@@ -9,6 +9,7 @@ import numpy as np
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 SKY, PINK, BLACK = "#56B4E9", "#CC79A7", "#222222"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, RED, SKY, BLACK)
+BIT_ALPHA = {"0": 0.25, "1": 0.85}
 # One colour a method through the whole course; a label belongs to the first of these that it begins with.
 COLOURS = {
     "FP32": BLACK,
@@ -98,9 +99,7 @@ def number_bits(rows, title="", axis=None):
         for x, bit in enumerate(bits):
             colour = RED if x == 0 else (GREEN if x <= exponent_bits else BLUE)
             # Not add_patch, which would look for the limits again each time.
-            axis.add_artist(
-                plt.Rectangle((x, y + 0.1), 0.94, 0.8, color=colour, alpha=0.85 if bit == "1" else 0.25, lw=0)
-            )
+            axis.add_artist(plt.Rectangle((x, y + 0.1), 0.94, 0.8, color=colour, alpha=BIT_ALPHA[bit], lw=0))
             axis.text(x + 0.47, y + 0.5, bit, ha="center", va="center", fontsize=8)
         axis.text(-0.4, y + 0.5, label, ha="right", va="center")
     axis.set(xlim=(-0.2, width), ylim=(0, len(rows)), title=title)

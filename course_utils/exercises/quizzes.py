@@ -57,7 +57,7 @@ class Quiz:
         return "\n".join([*map(_html, self.questions), f"<p>{_rich(self._how_to_answer())}</p>"])
 
     def _how_to_answer(self):
-        return f'To answer: `quiz("{self.questions[0].id}", "a")`. It tells you why, and progress() counts it.'
+        return f'To answer: `exercises.quiz("{self.questions[0].id}", "a")`. It tells you why, and exercises.progress() counts it.'
 
 
 def questions(notebook):
