@@ -288,20 +288,29 @@ def stored():
     return {path.stem: read(path) for path in paths}
 
 
+def as_roofline(report):
+    """Return `(ceilings, work, milliseconds)` of a report, as `roofline.ceilings`, `roofline.layers` and `measure.by_layer` make
+    them: what `widgets.Roofline` takes."""
+    ceilings, layers = report["ceilings"], report["layers"]
+    precisions = list(layers[0]["bytes"])
+    how = dict.fromkeys([*ceilings["operations"], "bandwidth"], "its report")
+    return (
+        roofline.Ceilings(ceilings["operations"], ceilings["bandwidth"], report["machine"]["threads"], how),
+        {
+            p: [roofline.Work(layer["name"], layer["operations"], layer["bytes"][p]) for layer in layers]
+            for p in precisions
+        },
+        {p: {layer["name"]: layer["ms"][p] for layer in layers if p in layer["ms"]} for p in precisions},
+    )
+
+
 def figures(report):
     """Return the report's pictures: a dict of name → figure."""
     from . import plots
 
     ladder = sorted(report["ladder"], key=lambda rung: rung["over_eager"]["value"])
-    layers, ceilings = report["layers"], report["ceilings"]
-    points = {
-        name: [
-            (layer["operations"] / layer["bytes"][name], 1000 * layer["operations"] / layer["ms"][name], layer["name"])
-            for layer in layers
-            if layer["ms"].get(name)
-        ]
-        for name in ("FP32", "INT8")
-    }
+    ceilings, work, milliseconds = as_roofline(report)
+    points = {name: roofline.achieved(work[name], milliseconds[name]) for name in work}
     return {
         "ladder": plots.intervals(
             [(rung["name"], *rung["over_eager"].values()) for rung in ladder],
@@ -310,7 +319,7 @@ def figures(report):
             baseline=1,
         ),
         "roofline": plots.roofline(
-            ceilings["operations"], ceilings["bandwidth"], points, title="Each layer below the machine's limits"
+            ceilings.peaks, ceilings.bandwidth, points, title="Each layer below the machine's limits"
         ),
     }
 

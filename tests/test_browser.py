@@ -1,4 +1,5 @@
-"""The widgets in JupyterLab, in a real browser: keys move a control, and the picture and the text on the page change.
+"""In JupyterLab, in a real browser: keys move a widget's control, and the picture and the text on the page change; a click
+unfolds an answer of a quiz.
 
 It needs playwright (in the `test` extra) and a Chromium of the system, none is downloaded. Without them it is skipped; where
 COURSE_BROWSER=1 is set, as CI does, it fails instead. COURSE_SCREENSHOTS=folder keeps a picture of the page in each theme.
@@ -16,6 +17,7 @@ import urllib.request
 
 import pytest
 
+from course_utils import exercises
 from course_utils.tools.clean import KERNELSPEC
 from tests.explorers import MAKERS
 from tests.toys import ROOT, edit, write_notebook
@@ -69,9 +71,10 @@ def absent(reason):
 
 @pytest.fixture
 def lab(tmp_path):
-    """JupyterLab on a notebook with one of each widget; yields the notebook's address."""
-    cells = [f"explorers.MAKERS['{name}']()" for name in MAKERS]
-    notebook = write_notebook(tmp_path / "lesson" / "widgets.ipynb", "from tests import explorers", *cells)
+    """JupyterLab on a notebook with one of each widget, and a quiz; yields the notebook's address."""
+    cells = [*(f"explorers.MAKERS['{name}']()" for name in MAKERS), "exercises.quiz('00.1')"]
+    imports = "from course_utils import exercises\nfrom tests import explorers"
+    notebook = write_notebook(tmp_path / "lesson" / "widgets.ipynb", imports, *cells)
     edit(notebook, lambda found: found.metadata.update(kernelspec=KERNELSPEC))  # or Lab asks for a kernel
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -147,3 +150,11 @@ def test_keys_change_picture_and_text_of_every_widget_in_light_and_dark(browser,
         assert min(contrasts.values()) >= 4.5, f"{theme}: {contrasts}"
         if folder := os.environ.get("COURSE_SCREENSHOTS"):
             page.screenshot(path=f"{folder}/{theme.split()[1].lower()}.png")
+
+    quiz = page.locator(".jp-CodeCell").nth(len(MAKERS) + 1).locator(".jp-OutputArea")
+    for option, answer in zip(exercises.quiz("00.1").questions[0].options, quiz.locator("details").all(), strict=True):
+        explanation = answer.locator("p")
+        assert not explanation.is_visible()
+        answer.locator("summary").click()
+        explanation.wait_for()
+        assert ("Right" if option.right else "No") in explanation.inner_text()

@@ -139,3 +139,17 @@ def test_make_compare_lays_yours_beside_those_you_collected_and_those_of_the_cou
     assert (
         compare.main([]) == 2 and "at least two reports" in (said := capsys.readouterr().err) and "make report" in said
     )
+
+
+@pytest.mark.parametrize("name", ["avx512-vnni", "avx2"])
+def test_a_report_gives_what_the_roofline_was_made_of(name):
+    stored = report.stored()[name]
+    ceilings, work, milliseconds = report.as_roofline(stored)
+    assert ceilings.peaks == stored["ceilings"]["operations"] and ceilings.bandwidth == stored["ceilings"]["bandwidth"]
+    layer = stored["layers"][0]
+    for precision, size in layer["bytes"].items():
+        first = work[precision][0]
+        assert (first.name, first.operations, first.bytes) == (layer["name"], layer["operations"], size)
+        assert milliseconds[precision][layer["name"]] == layer["ms"][precision]
+        assert len(work[precision]) == len(stored["layers"])
+    assert str(ceilings).count("its report") == len(ceilings.peaks) + 1
