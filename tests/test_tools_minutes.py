@@ -16,7 +16,7 @@ def test_head_says_the_estimate(path):
     notebook = nbformat.read(path, as_version=4)
     found = minutes.HEAD.search(notebook.cells[0].source)
     assert found and found[0] == minutes.head(notebook, path.name[:2]), "run `python -m course_utils.tools.minutes`"
-    assert notebook.metadata["course"]["minutes"] == sum(minutes.minutes(notebook, path.name[:2]))
+    assert notebook.metadata["course"]["minutes"] == sum(minutes.minutes(notebook, path.name[:2])[:2])
 
 
 def test_readme_says_the_same():
@@ -35,9 +35,13 @@ def test_everything_a_reader_meets_is_counted():
     def estimate(*cells):
         return minutes.minutes(new_notebook(cells=list(cells)), "01")
 
-    asked = sum(e.minutes for e in exercises.every().values() if e.notebook == "01")
-    reading, solving = estimate()
-    assert solving == asked and reading == round(45 * len(exercises.quiz("01").questions) / 60 / 5) * 5
+    asked = [e for e in exercises.every().values() if e.notebook == "01"]
+    reading, solving, hard = estimate()
+    assert hard == sum(e.minutes for e in asked if e.difficulty == "hard") > 0
+    assert (
+        solving == sum(e.minutes for e in asked) - hard
+        and reading == round(45 * len(exercises.quiz("01").questions) / 60 / 5) * 5
+    )
     picture = new_output("display_data", data={"image/png": "", "text/plain": "x"})
     assert estimate(new_markdown_cell("word " * 23_800))[0] == pytest.approx(reading + 100, abs=5)
     assert estimate(new_code_cell("x = 1\n\n" * 2_000))[0] == pytest.approx(reading + 2_000 * 2 / 60, abs=5)
@@ -45,4 +49,4 @@ def test_everything_a_reader_meets_is_counted():
     assert estimate(printed)[0] == pytest.approx(reading + 100, abs=5)
     assert estimate(new_code_cell("x", outputs=[picture] * 200))[0] == pytest.approx(reading + 200 * 32 / 60, abs=5)
     task = new_code_cell("def f():\n" + "    x = 1\n" * 500, metadata={"tags": ["exercise"]})
-    assert estimate(task) == (reading, solving)
+    assert estimate(task) == (reading, solving, hard)

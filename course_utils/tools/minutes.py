@@ -1,7 +1,8 @@
 """How long a notebook takes a reader: `python -m course_utils.tools.minutes` writes it at the head of each, and in README.
 
 Reading: 238 words a minute (the mean of adults who read English non-fiction, Brysbaert 2019), 2 seconds for a line of code or
-of printed output, 30 seconds for a picture, 45 for a question of the quiz. Exercises: as each one says. The seconds are guesses.
+of printed output, 30 seconds for a picture, 45 for a question of the quiz. Exercises: as each one says;
+the hard ones are extra, and not in the sum. The seconds are guesses.
 """
 
 import re
@@ -18,7 +19,7 @@ ROUND_TO = 5
 
 
 def minutes(notebook, number):
-    """Return `(reading, exercises)` in minutes, rounded to fives, of the `notebook` whose name begins with `number`."""
+    """Return `(reading, exercises, hard exercises)` in minutes, rounded to fives, of the `notebook` whose name begins with `number`."""
     seconds = 0.0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -31,8 +32,9 @@ def minutes(notebook, number):
         seconds += 2 * len([line for text in [cell.source, *printed] for line in text.splitlines() if line.strip()])
         seconds += 30 * pictures
     seconds += 45 * len(exercises.quiz(number).questions)
-    solving = sum(exercise.minutes for exercise in exercises.every().values() if exercise.notebook == number)
-    return _rounded(seconds / 60), _rounded(solving)
+    here = [exercise for exercise in exercises.every().values() if exercise.notebook == number]
+    hard = sum(exercise.minutes for exercise in here if exercise.difficulty == "hard")
+    return _rounded(seconds / 60), _rounded(sum(exercise.minutes for exercise in here) - hard), _rounded(hard)
 
 
 def in_readme(text, minutes):
@@ -44,10 +46,11 @@ def in_readme(text, minutes):
 
 def head(notebook, number):
     """Return the sentence for the head of `notebook`."""
-    reading, solving = minutes(notebook, number)
+    reading, solving, hard = minutes(notebook, number)
     if not solving:
         return f"*Time: {reading} minutes. "
-    return f"*Time: {reading + solving} minutes: {reading} to read and run, {solving} for the exercises. "
+    parts = f"{reading} to read and run, {solving} for the exercises"
+    return f"*Time: {reading + solving} minutes: {parts}, and {hard} more for the hard ones. "
 
 
 def _rounded(value):
@@ -60,7 +63,7 @@ def main():
         notebook, number = nbformat.read(path, as_version=4), path.name[:2]
         first = notebook.cells[0]
         first.source = HEAD.sub(head(notebook, number), first.source, count=1)
-        notebook.metadata["course"]["minutes"] = sum(minutes(notebook, number))
+        notebook.metadata["course"]["minutes"] = sum(minutes(notebook, number)[:2])
         files.write_text(path, to_text(notebook))
         found[number] = notebook.metadata["course"]["minutes"]
         print(path.stem, HEAD.search(first.source)[0].strip("* "))
