@@ -91,6 +91,16 @@ PUBLIC = {
         "claim(text, holds, *, measured=None)",
         "table(subjects, quantities)",
     ],
+    "exercises": ["check(id, answer)", "hint(id)", "solution(id)", "quiz(id)", "progress()"],
+    "widgets": [
+        "NumberBits(number=0.15625)",
+        "ClipRange(x, *, title='the tensor')",
+        "FilterError(weight, *, title='filters')",
+        "CalibrationSet(results)",
+        "Predictions(model, images)",
+        "WrittenText(texts, losses=None)",
+        "Roofline(ceilings, work, milliseconds=None)",
+    ],
 }
 
 
