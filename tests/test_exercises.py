@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from course_utils import exercises
-from course_utils.exercises import Case
 from course_utils.exercises.checking import judge
 from course_utils.exercises.exercise import DIFFICULTIES
 
@@ -230,7 +229,3 @@ def test_fill_keeps_what_stands_around_the_function():
     assert "NotImplementedError" not in filled
     with pytest.raises(ValueError, match="defines no affine_range"):
         exercise.fill("x = 1")
-
-
-def test_a_case_describes_itself():
-    assert Case("empty", (1,)).label == "empty"
