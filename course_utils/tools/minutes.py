@@ -19,7 +19,7 @@ ROUND_TO = 5
 
 
 def minutes(notebook, number):
-    """Return `(reading, exercises, hard exercises)` in minutes, rounded to fives, of the `notebook` whose name begins with `number`."""
+    """Return `(reading, exercises, hard exercises)` of the `notebook` with this `number`: minutes, rounded to fives."""
     seconds = 0.0
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
