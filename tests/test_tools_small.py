@@ -1,0 +1,44 @@
+"""The limit of a small machine is a real one, and who cannot set it is told."""
+
+import sys
+
+import pytest
+
+from course_utils.tools import small
+
+
+@pytest.mark.parametrize(("version", "name"), [("memory", "memory.limit_in_bytes"), ("", "memory.max")])
+def test_both_versions_of_control_groups_are_known(monkeypatch, tmp_path, version, name):
+    (tmp_path / version).mkdir(exist_ok=True)
+    monkeypatch.setattr(small, "GROUPS", tmp_path)
+    written = {}
+    with pytest.raises(OSError), small.limited(123) as folder:  # a folder of files, which no group is, does not go
+        written = {path.name: path.read_text() for path in folder.iterdir()}
+    assert written[name] == "123"
+
+
+def group_or_skip():
+    try:
+        with small.limited():
+            pass
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+
+
+def test_a_command_runs_on_one_core_and_keeps_its_exit_code():
+    group_or_skip()
+    code = "import os, sys; sys.exit(10 + len(os.sched_getaffinity(0)))"
+    assert small.main([sys.executable, "-c", code]) == 11
+
+
+def test_more_memory_than_the_limit_is_not_to_be_had():
+    group_or_skip()
+    code = f"bytearray({small.LIMIT + 2**20})"
+    assert small.main([sys.executable, "-c", code]) == -9
+    assert small.main([sys.executable, "-c", "bytearray(2**28)"]) == 0
+
+
+def test_where_no_limit_can_be_set_there_is_another_way(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(small, "GROUPS", tmp_path / "none")
+    assert small.main(["true"]) == 2
+    assert "systemd-run" in capsys.readouterr().err
