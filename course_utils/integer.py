@@ -282,7 +282,7 @@ class PairSaturation:
 
     Pairs are neighbouring input channels at the same place of the kernel, as in channels-last kernels. Inputs are unsigned
     bytes with their zero point left in (0..255), weights int8: two products reach 2 · 255 · 127 = 64,770, twice what 16 bits
-    hold; with 7-bit inputs (`reduce_range`) they stay at 2 · 127 · 127 = 32,258 and nothing can be lost.
+    hold; with 7-bit weights (`reduce_range`) they stay at 2 · 255 · 63 = 32,130 and nothing can be lost.
     """
 
     def __init__(self, weight, *, stride=1, padding=0, dilation=1, groups=1):

@@ -17,6 +17,7 @@ COLOURS = {
     "INT8": BLUE,
     "INT4": PINK,
     "nearest": GREY,
+    "rounded to nearest": GREY,
     "bias correction": ORANGE,
     "AdaRound": GREEN,
     "GPTQ": BLUE,
@@ -306,8 +307,8 @@ def curves(series, *, labels, xlabel, ylabel, title=""):
         (line,) = axis.plot(x, y, marker=next(markers), ms=4, lw=1.2, label=name, color=colours[name])
         for label, *point in zip(labels, x, y, strict=True):
             axis.annotate(label, point, (4, -11), textcoords="offset points", fontsize=8, color=line.get_color())
+        axis.annotate(name, (x[-1], y[-1]), (7, 3), textcoords="offset points", fontsize=8, color=line.get_color())
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axis.legend()
     return figure
 
 

@@ -73,9 +73,7 @@ def test_all_21_layers_of_resnet18_hold_integers_and_no_batch_norm_is_left(int8)
 def test_int8_logits_are_close_to_the_float_ones(resnet18, int8, images):
     expected, found = outputs(resnet18, images), outputs(int8, images)
     assert found.dtype == torch.float32
-    bits = (
-        7 if backends.recipe_of(int8)["reduce_range"] else 8
-    )  # of activations: with one fewer a step is twice as wide
+    bits = 7 if backends.recipe_of(int8)["reduce_range"] else 8  # of weights: with one fewer a step is twice as wide
     assert (found - expected).norm() < 0.05 * 2 ** (8 - bits) * expected.norm()
 
 
@@ -286,18 +284,21 @@ def test_the_range_is_the_engines_safe_one_unless_asked_otherwise(small, calibra
         expected = backends.needs_headroom(engine) if choice is None else choice
         assert backends.recipe_of(int8)["reduce_range"] is expected
         backends.save(int8, tmp_path / "model")
-        scales[choice] = float(load_file(tmp_path / "model")["features_0_input_scale_0"])
-    assert scales[True] / scales[False] == pytest.approx(255 / 127)
-    assert scales[None] == scales[backends.needs_headroom(engine)]
+        stored = load_file(tmp_path / "model")
+        scales[choice] = stored["features.0.weight.scales"], stored["features_0_input_scale_0"]
+        assert stored["features.0.weight"].abs().max() == (63 if expected else 127)
+    torch.testing.assert_close(scales[True][0] / scales[False][0], torch.full_like(scales[True][0], 127.5 / 63))
+    assert scales[True][1] == scales[False][1], "activations keep all of their bits"
+    assert torch.equal(scales[None][0], scales[backends.needs_headroom(engine)][0])
 
 
 def test_quantization_aware_training_keeps_to_the_same_range(small, images):
-    for choice, largest in ((True, 127), (False, 255)):
+    for choice, most in ((True, 63), (False, 127)):
         prepared = backends.prepare_qat(small, reduce_range=choice)
         ends = {
             m.activation_post_process.quant_max for m in prepared.modules() if hasattr(m, "activation_post_process")
         }
-        assert largest in ends and ends <= {largest, 127}  # 127 is also the end of signed weights
+        assert ends == {most, 255}  # of weights and of activations
         prepared(images)
         assert backends.recipe_of(backends.convert_qat(prepared))["reduce_range"] is choice
 

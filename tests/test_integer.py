@@ -197,7 +197,7 @@ def int8(request, trained):
 
 @pytest.fixture(scope="module", params=[True, False], ids=["per channel", "per tensor"])
 def full_range(request, trained):
-    """All 8 bits of activations, whatever the engine here needs: `IntegerModel` then tells what would overflow."""
+    """All 8 bits of weights, whatever the engine here needs: `IntegerModel` then tells what would overflow."""
     calibration = data.batches(data.fashion_mnist("calibration"), 64, limit=128)
     return backends.quantize_static(trained, calibration, per_channel=request.param, reduce_range=False)
 
@@ -210,8 +210,11 @@ def photos():
 def test_every_layer_of_resnet18_is_within_one_of_the_kernel_and_nearly_all_integers_equal_it(int8, photos):
     layers = compare_layers(int8, photos)
     assert sum(op in ("conv2d", "linear") for op, _, _ in layers.values()) == 21
+    # A bias is counted in steps of the sum. 7-bit weights make those twice as wide, and so what its rounding may change; and a
+    # few of the 600 logits are a larger share than a few of the millions of integers before them.
+    most_differ = 0.006 if backends.recipe_of(int8)["reduce_range"] else 0.002
     for name, (op, largest, equal) in layers.items():
-        assert largest <= 1 and equal >= 0.998, (name, op, largest, equal)
+        assert largest <= 1 and equal >= 1 - most_differ, (name, op, largest, equal)
         rounds = op in ("conv2d", "linear", "add")  # the kernel's multipliers are float32: near a tie the two may part
         assert rounds or equal == 1, f"{name}: {op} should have nothing to disagree about"
 

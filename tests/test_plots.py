@@ -157,7 +157,7 @@ def test_each_point_of_a_curve_has_its_label():
     series = {"2 bits": ([2.5, 2.1], [8, 7]), "3 bits": ([3.5, 3.1], [14, 13])}
     figure = plots.curves(series, labels=["32", "128"], xlabel="bits", ylabel="dB", title="Groups")
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[8, 7], [14, 13]]
-    assert [text.get_text() for text in figure.axes[0].texts] == ["32", "128"] * 2
+    assert [text.get_text() for text in figure.axes[0].texts] == ["32", "128", "2 bits", "32", "128", "3 bits"]
     assert all(word in texts(figure) for word in ("2 bits", "3 bits", "dB", "Groups"))
 
 

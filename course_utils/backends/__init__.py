@@ -49,6 +49,8 @@ CANNOT = {
     "flatten": "engine {engine} has no file of its own: save the float network, and deploy it again",
 }
 OBSERVERS = ("minmax", "histogram")
+# Of weights, by `reduce_range`: two products of 63 and an unsigned byte, 2 · 255 · 63 = 32,130, fit into 16 bits.
+WEIGHT_RANGES = {False: (-128, 127), True: (-63, 63)}
 # What a layer does besides its weights: two networks with the same weights may differ in these.
 GEOMETRY = (
     *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "count_include_pad"),
@@ -80,7 +82,7 @@ def default_engine():
 
     All of them are part of torch, so a lesson needs no other package; their results differ in single roundings, as long as
     `reduce_range` is left to `needs_headroom`. With VNNI, `"onednn"` is exact on all 8 bits; without it `"x86"` is as good
-    with 7. `"pt2e"` is never chosen by itself: it needs torchao, and takes seconds to make a model.
+    with 7 of the weights. `"pt2e"` is never chosen by itself: it needs torchao, and takes seconds to make a model.
     Raises `RuntimeError` when no engine runs on this machine.
     """
     preferred = ("onednn", "x86", "fbgemm", "qnnpack") if cpu.has_vnni() else ("x86", "fbgemm", "qnnpack", "onednn")
@@ -125,10 +127,10 @@ def quantize_static(model, calibration, *, engine=None, per_channel=True, observ
     can trace. calibration: iterable of image tensors, or of `(images, labels)` as `data.batches` yields them; labels are not
     used. engine: a name from `engines()`, by default the best one here. per_channel: one weight scale per output channel
     instead of one per tensor. observer: how activation ranges are chosen, `"minmax"` or `"histogram"` (the range of least
-    squared error). reduce_range: give the calibrated range of activations 7 bits (0..127) and leave the eighth as headroom, so
-    that two products fit into 16 bits; None decides by `needs_headroom`. False where that says True costs accuracy in some
-    kernels: a lesson, not a setting. `"onnxruntime"` and `"openvino"` take the bit from the weights instead. What else is an
-    engine's own, its file says.
+    squared error). reduce_range: give weights 7 bits (-63..63) and leave the eighth as headroom, so that two products fit into
+    16 bits; None decides by `needs_headroom`. False where that says True costs accuracy in some kernels: a lesson, not a
+    setting. (torch's observers have an option of that name that takes the bit from the activations, which costs more.) What
+    else is an engine's own, its file says.
 
     Raises `ValueError` for an unknown engine or observer, one that the engine does not have, or an empty calibration set;
     `RuntimeError` when the engine does not run here.

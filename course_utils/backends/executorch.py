@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from . import Engine, program
+from . import WEIGHT_RANGES, Engine, program
 
 # Importing it also imports torchao, which has something to say, and the processor's library prints what it did not find.
 with program.mute(), program.quietly("torch.utils._pytree", "torchao"):
@@ -34,7 +34,7 @@ def engines():
 
 
 def quantize_static(model, calibration, recipe):
-    """As `backends.quantize_static`; headroom, which these kernels do not need, would be 7 bits of the signed activations."""
+    """As `backends.quantize_static`; headroom, which these kernels do not need, is 7 bits of the weights here too."""
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import XNNPACKQuantizer
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
@@ -71,8 +71,8 @@ def _config(recipe):
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import get_symmetric_quantization_config
     from torchao.quantization.pt2e import HistogramObserver, MinMaxObserver
 
-    low, high = (-64, 63) if recipe["reduce_range"] else (-128, 127)
-    config = get_symmetric_quantization_config(is_per_channel=recipe["per_channel"], act_qmin=low, act_qmax=high)
+    _, most = WEIGHT_RANGES[recipe["reduce_range"]]
+    config = get_symmetric_quantization_config(recipe["per_channel"], weight_qmin=-most, weight_qmax=most)
     observer = {"minmax": MinMaxObserver, "histogram": HistogramObserver}[recipe["observer"]]
     activations = replace(config.input_activation, observer_or_fake_quant_ctr=observer.with_args(eps=SMALLEST_SCALE))
     return replace(config, input_activation=activations, output_activation=activations)

@@ -22,7 +22,7 @@ from torch._inductor.fx_passes.freezing_patterns import freezing_passes
 
 from .. import affine, cpu
 from ..integer import Step
-from . import PREPARED, Engine, inductor, program
+from . import PREPARED, WEIGHT_RANGES, Engine, inductor, program
 
 
 def _quietly():
@@ -283,7 +283,8 @@ class _OneScaleTrained(_SharesOneScale, MovingAveragePerChannelMinMaxObserver):
 
 
 def _config(recipe, training):
-    """Return how torchao shall quantize: 8-bit asymmetric activations, 8-bit symmetric weights, as in torch_ao."""
+    """Return how torchao shall quantize: 8-bit asymmetric activations, symmetric weights of 8 bits or 7, as in torch_ao."""
+    low, high = WEIGHT_RANGES[recipe["reduce_range"]]
     if training:
         activation = FakeQuantize.with_args(observer=MovingAverageMinMaxObserver)
         weight = FakeQuantize.with_args(
@@ -296,14 +297,14 @@ def _config(recipe, training):
     activations = QuantizationSpec(
         dtype=torch.uint8,
         quant_min=0,
-        quant_max=127 if recipe["reduce_range"] else 255,
+        quant_max=255,
         qscheme=torch.per_tensor_affine,
         observer_or_fake_quant_ctr=activation,
     )
     weights = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-128,
-        quant_max=127,
+        quant_min=low,
+        quant_max=high,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=weight,

@@ -23,7 +23,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx, prepare_qa
 
 from .. import affine
 from ..integer import Step
-from . import FAMILIES, PREPARED, Engine, program
+from . import FAMILIES, PREPARED, WEIGHT_RANGES, Engine, program
 
 
 def engines():
@@ -87,18 +87,18 @@ def rebuild(model, recipe, tensors, rest):
 
 
 def _qconfigs(recipe):
-    """Return how torch shall quantize: 8-bit asymmetric activations, 8-bit symmetric weights."""
-    activation_range = {"dtype": torch.quint8, "reduce_range": recipe["reduce_range"]}
+    """Return how torch shall quantize: 8-bit asymmetric activations, symmetric weights of 8 bits, or of 7 as headroom."""
+    low, high = WEIGHT_RANGES[recipe["reduce_range"]]
     scheme = torch.per_channel_symmetric if recipe["per_channel"] else torch.per_tensor_symmetric
-    weight_range = {"dtype": torch.qint8, "qscheme": scheme, "quant_min": -128, "quant_max": 127}
+    weight_range = {"dtype": torch.qint8, "qscheme": scheme, "quant_min": low, "quant_max": high}
     if recipe["kind"] in ("qat", PREPARED):
         default = get_default_qat_qconfig_mapping
         qconfig = QConfig(
             activation=fake_quantize.FakeQuantize.with_args(
                 observer=observer.MovingAverageMinMaxObserver,
+                dtype=torch.quint8,
                 quant_min=0,
-                quant_max=255,  # of which reduce_range takes the half
-                **activation_range,
+                quant_max=255,
             ),
             weight=fake_quantize.FakeQuantize.with_args(
                 observer=observer.MovingAveragePerChannelMinMaxObserver
@@ -112,7 +112,7 @@ def _qconfigs(recipe):
         default = get_default_qconfig_mapping
         activation = {"minmax": observer.MinMaxObserver, "histogram": observer.HistogramObserver}[recipe["observer"]]
         weight = observer.PerChannelMinMaxObserver if recipe["per_channel"] else observer.MinMaxObserver
-        qconfig = QConfig(activation.with_args(**activation_range), weight.with_args(**weight_range))
+        qconfig = QConfig(activation.with_args(dtype=torch.quint8), weight.with_args(**weight_range))
     # torch's own exceptions stay: operations with a fixed output range, or that only move values around.
     return default(recipe["engine"]).set_global(qconfig)
 
