@@ -19,7 +19,7 @@ COLOURS = {
     "nearest": GREY,
     "rounded to nearest": GREY,
     "bias correction": ORANGE,
-    "AdaRound": GREEN,
+    "AdaRound": SKY,
     "GPTQ": BLUE,
     "AWQ": PINK,
     "QAT": GREEN,
@@ -307,7 +307,9 @@ def curves(series, *, labels, xlabel, ylabel, title=""):
         (line,) = axis.plot(x, y, marker=next(markers), ms=4, lw=1.2, label=name, color=colours[name])
         for label, *point in zip(labels, x, y, strict=True):
             axis.annotate(label, point, (4, -11), textcoords="offset points", fontsize=8, color=line.get_color())
-        axis.annotate(name, (x[-1], y[-1]), (7, 3), textcoords="offset points", fontsize=8, color=line.get_color())
+        right = max(zip(x, y, strict=True))
+        axis.annotate(name, right, (9, -3), textcoords="offset points", fontsize=8, color=line.get_color())
+    axis.margins(x=0.1)  # room for the names
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure
 
