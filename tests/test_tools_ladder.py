@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from course_utils import files, measure
+from course_utils import files, measure, models, weights
 from course_utils.simulate import Policy
 from course_utils.stats import Proportion
 from course_utils.tools import ladder
@@ -14,7 +14,7 @@ from course_utils.tools import ladder
 def folder(tmp_path, monkeypatch):
     """A data folder with a manifest of two checkpoints and no ladder yet."""
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    manifest = {f"checkpoints/{name}.safetensors": {"sha256": f"sum of {name}"} for name in ladder.MODELS}
+    manifest = {f"checkpoints/{name}.safetensors": {"bytes": 1, "sha256": f"sum of {name}"} for name in ladder.MODELS}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 
@@ -91,6 +91,7 @@ def test_a_stopped_run_goes_on_where_it_was(folder, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ladder"])
     monkeypatch.setattr(ladder, "measure_rungs", measured)
     monkeypatch.setattr(ladder, "GRID", ladder.GRID[:3])
+    monkeypatch.setattr(ladder, "MIXED", ("resnet18", ()))
     with pytest.raises(KeyboardInterrupt):
         ladder.main()
     ladder.main()
@@ -113,3 +114,16 @@ def test_the_stored_ladder_is_that_of_the_networks_that_are_here():
     stored = {(r.model, r.repair, str(r.policy)) for r in found if r.split == "validation"}
     assert asked <= stored, "rungs are missing: run `make ladder`"
     assert all(r.comparison.n == 10_000 for r in found if r.split == "test")
+
+
+def test_the_stored_ladder_has_networks_of_mixed_bits_that_keep_their_budget():
+    name, averages = ladder.MIXED
+    sizes = {layer: module.weight.numel() for layer, module in weights.layers(models.load(name)).items()}
+    spent = [
+        sum(r.policy.layers[layer] * n for layer, n in sizes.items()) / sum(sizes.values())
+        for r in ladder.read()
+        if r.policy.layers and r.repair == "nearest"
+    ]
+    assert len(spent) == len(averages), "run `make ladder`"
+    for found, average in zip(sorted(spent), averages, strict=True):
+        assert average - 0.1 < found <= average
