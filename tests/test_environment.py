@@ -1,9 +1,11 @@
 """One list of versions: pyproject.toml, the locks, requirements-torch.txt and environment.yml do not drift apart."""
 
+import os
 import re
 import shutil
 import subprocess
 import tomllib
+import zipfile
 
 import pytest
 from packaging.requirements import Requirement
@@ -13,9 +15,10 @@ from packaging.utils import canonicalize_name
 from tests.toys import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 EXTRAS = PROJECT["optional-dependencies"]
 LOCK, ENGINES_LOCK, TORCH = "requirements.lock", "requirements-engines.lock", "requirements-torch.txt"
-VERBS = "setup run-all test lab doctor train results report compare clean help lint lock".split()
+VERBS = "setup run-all test lab audit drift doctor train results report compare clean help lint lock".split()
 
 
 def pins(name):
@@ -81,25 +84,52 @@ def test_no_addresses(name):
 
 def test_conda_and_binder_install_the_same_files():
     environment = (ROOT / "environment.yml").read_text()
-    assert re.search(rf"^ +- -r {LOCK}$", environment, re.M)
+    assert re.search(rf"^ +- --require-hashes\n +- -r {LOCK}$", environment, re.M)
     (python,) = re.findall(r"^  - python=(\S+)$", environment, re.M)
     assert python in SpecifierSet(PROJECT["requires-python"])
-    assert f"-r {TORCH}" in (ROOT / "postBuild").read_text() and f"-r {TORCH}" in environment
+    assert f"-r {TORCH}" in environment
+    installs = [line for line in (ROOT / "postBuild").read_text().splitlines() if " install " in line]
+    assert [line.partition(" install ")[2].split()[-2:] for line in installs] == [["-r", TORCH], ["-e", "."]]
+    assert " --no-deps -e" in installs[1], "nothing beside the lock may come in with the course"
+
+
+def environment():
+    """The environment without what a `make` around the tests was told."""
+    told = {
+        "TORCH",
+        "TORCH_INDEX",
+        "ENGINES",
+        "LATEST",
+        "OLDEST",
+        "PYTHON",
+        "VENV",
+        "MAKEFLAGS",
+        "MAKEOVERRIDES",
+        "MFLAGS",
+    }
+    return {name: value for name, value in os.environ.items() if name not in told}
 
 
 def make(*arguments, cwd=ROOT):
-    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(["make", *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=60)
+
+
+def course_in(folder):
+    """Make a checkout without environment, whose locks are empty so that nothing is downloaded; return its folder.
+
+    With INSTALLED=installed on its command line, make takes what is there for installed.
+    """
+    folder.mkdir()
+    shutil.copy(ROOT / "Makefile", folder)
+    for name in (LOCK, ENGINES_LOCK, TORCH, "requirements-gguf.txt", "pyproject.toml", "installed"):
+        (folder / name).touch()
+    return folder
 
 
 @pytest.fixture
 def bare(tmp_path):
-    """A checkout without environment, in a path with a space; its locks are empty, so nothing is downloaded."""
-    folder = tmp_path / "my course"
-    folder.mkdir()
-    shutil.copy(ROOT / "Makefile", folder)
-    for name in (LOCK, ENGINES_LOCK, TORCH, "requirements-gguf.txt", "pyproject.toml"):
-        (folder / name).touch()
-    return folder
+    """Such a checkout, in a path with a space."""
+    return course_in(tmp_path / "my course")
 
 
 def test_help_lists_every_verb_on_one_line():
@@ -115,6 +145,7 @@ def test_help_lists_every_verb_on_one_line():
         ("PYTHON=false", "false is not a Python 3.11, 3.12 or 3.13."),
         ("PYTHON=", "No Python 3.11, 3.12 or 3.13 found"),
         ("TORCH=gpu", "TORCH=gpu is unknown"),
+        ("TORCH=nightly", "environment variable TORCH_INDEX"),
     ],
 )
 def test_setup_says_what_is_wrong_and_leaves_no_stamp(bare, option, message):
@@ -124,9 +155,95 @@ def test_setup_says_what_is_wrong_and_leaves_no_stamp(bare, option, message):
     assert not (bare / ".venv" / ".installed").exists()
 
 
-def test_failed_install_leaves_no_stamp(bare):
-    (bare / LOCK).write_text("no requirement at all\n")
-    result = make("setup", cwd=bare)
-    assert result.returncode != 0
-    assert (bare / ".venv" / "bin" / "python").exists()
-    assert not (bare / ".venv" / ".installed").exists()
+def test_a_package_without_its_hash_fails_setup_and_leaves_no_stamp(bare):
+    with zipfile.ZipFile(bare / "toy-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("toy.py", "")
+        wheel.writestr("toy-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n")
+        wheel.writestr("toy-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("toy-1.0.dist-info/RECORD", "")
+    for hashes, message in ((f" --hash=sha256:{0:064x}", "DO NOT MATCH THE HASHES"), ("", "Hashes are required")):
+        (bare / LOCK).write_text(f"./toy-1.0-py3-none-any.whl{hashes}\n")
+        result = make("setup", cwd=bare)
+        assert result.returncode != 0
+        assert message in result.stderr
+        assert not list(bare.glob(".venv/**/toy.py"))
+        assert (bare / ".venv" / "bin" / "python").exists()
+        assert not (bare / ".venv" / ".installed").exists()
+
+
+def test_nightly_torch_comes_last_and_its_address_from_outside(bare):
+    lines = make("-n", "setup", "TORCH=nightly", "LATEST=1", "TORCH_INDEX=somewhere", cwd=bare).stdout.splitlines()
+    (nightly,) = [number for number, line in enumerate(lines) if "--prerelease allow" in line]
+    assert lines[nightly].startswith('UV_INDEX="$TORCH_INDEX" ')
+    assert nightly > max(number for number, line in enumerate(lines) if '-e ".[test' in line)
+
+
+def test_on_windows_the_programs_are_in_another_folder(bare):
+    printed = make("-n", "lab", "OS=Windows_NT", "ENGINES=1", cwd=bare).stdout
+    assert ".venv/Scripts/python" in printed
+    assert "bin/python" not in printed
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "passes", "sentence"),
+    [
+        ("No known vulnerabilities found", 0, True, ""),
+        ("Found 1 known vulnerability in 1 package", 1, False, ""),
+        ("error: cannot connect", 2, False, "make audit needs the network"),
+    ],
+)
+def test_audit_passes_only_what_was_looked_up_and_is_clean(bare, said, code, passes, sentence):
+    uv = bare / "python"
+    uv.write_text(f'#!/bin/sh\necho "$*" >> asked\necho "{said}" >&2\nexit {code}\n')
+    uv.chmod(0o755)
+    result = make("audit", "PY=./python", "INSTALLED=installed", cwd=bare)
+    assert (result.returncode == 0) == passes
+    assert said in result.stdout
+    assert ("network" in result.stderr) == bool(sentence) and sentence in result.stderr
+    asked = (bare / "asked").read_text().splitlines()
+    assert all(line.startswith("-m uv tool run --quiet --isolated ") and " --strict " in line for line in asked)
+    files = [line.split()[-1] for line in asked]
+    assert files == [ENGINES_LOCK, "requirements-gguf.txt", TORCH][: None if not sentence else 1]
+
+
+def test_drift_judges_the_report_of_the_comparison(bare):
+    printed = make("-n", "drift", "TORCH=nightly", "TORCH_INDEX=somewhere", cwd=bare).stdout
+    assert printed.count("results/drift/nightly.xml") >= 3  # removed, written, judged
+    assert '--junitxml=results/drift/nightly.xml"' in printed
+    assert ".venv-nightly/bin/python -m course_utils.tools.drift results/drift/nightly.xml" in printed
+    assert "-m pytest --nbval " in printed and '".[test' in printed
+
+
+BESIDE_MAKE = {  # what is not ours to do
+    "bash .ci/run",
+    "git config --global core.autocrlf false",
+    'cat results/drift/*.md >> "$GITHUB_STEP_SUMMARY"',
+}
+
+
+def test_there_are_workflows():
+    assert {path.stem for path in WORKFLOWS} >= {"ci", "drift"}
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_may_read_only_and_know_no_secret(path):
+    text = path.read_text()
+    assert re.search(r"^permissions:\n  contents: read\n", text, re.M) and text.count("permissions:") == 1
+    assert ": write" not in text and "secrets" not in text and "pull_request_target" not in text
+    used = re.findall(r"uses: (\S+)", text)
+    assert used and all(re.fullmatch(r"actions/[\w/-]+@v\d+", action) for action in used)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_do_what_make_does(path):
+    verbs = {line.split()[1] for line in make().stdout.splitlines()}
+    commands = re.findall(r"run: ([^#\n]+)", path.read_text())
+    assert commands
+    for command in map(str.strip, commands):
+        made = re.fullmatch(r"make ([a-z-]+)( [A-Z]+=\S+)*", command)
+        assert command in BESIDE_MAKE or (made and made[1] in verbs), command
+
+
+def test_every_system_is_tested():
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert {"ubuntu-latest", "macos-latest", "windows-latest"} <= set(re.findall(r"[a-z]+-latest", text))

@@ -3,25 +3,30 @@
 import base64
 import contextlib
 import io
+import shutil
 
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_output
 
+from course_utils.tools.clean import WIDGET_STATE
 from course_utils.tools.run import run
 from tests import guards
 from tests.toys import edit, nbval, write_notebook
 
 CLAIM = "print('✔ INT8 is smaller  (measured: 11.26 MB)')"
+NAMES = "00_untouched 01_changed 02_stripped 03_raising 04_measured 05_swapped 06_renumbered 07_stale".split()
 
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
     """A folder of notebooks as the runner commits them, all alike."""
     folder = tmp_path_factory.mktemp("gate")
-    for name in ("00_untouched", "01_changed", "02_stripped", "03_raising", "04_measured"):
-        write_notebook(folder / f"{name}.ipynb", "print(N + 1)", CLAIM, "'93.62 %'", parameters="N = 1", fast={"N": 1})
+    first = folder / f"{NAMES[0]}.ipynb"
+    write_notebook(first, "print(N + 1)", CLAIM, "'93.62 %'", parameters="N = 1", fast={"N": 1})
     with contextlib.redirect_stdout(io.StringIO()):
         assert run(folder, results=folder / "results", ledger=folder / "ledger.json") == 0
+    for name in NAMES[1:]:
+        shutil.copy(first, folder / f"{name}.ipynb")
     return folder
 
 
@@ -32,6 +37,9 @@ def report(committed):
     edit(committed / "02_stripped.ipynb", strip)
     edit(committed / "03_raising.ipynb", raise_error)
     edit(committed / "04_measured.ipynb", measure_elsewhere)
+    edit(committed / "05_swapped.ipynb", swap)
+    edit(committed / "06_renumbered.ipynb", swap_and_renumber)
+    edit(committed / "07_stale.ipynb", refute)
     return nbval(committed)
 
 
@@ -54,6 +62,20 @@ def measure_elsewhere(notebook):
     claim, percentage = notebook.cells[3], notebook.cells[4]
     claim.outputs[0].text = claim.outputs[0].text.replace("11.26", "11.31")
     percentage.outputs[0].data["text/plain"] = "'93.68 %'"
+
+
+def swap(notebook):
+    notebook.cells[1], notebook.cells[2] = notebook.cells[2], notebook.cells[1]
+
+
+def swap_and_renumber(notebook):
+    swap(notebook)
+    for count, cell in enumerate(notebook.cells[1:], start=1):
+        cell.execution_count = count
+
+
+def refute(notebook):
+    notebook.cells[3].source = notebook.cells[3].source.replace("✔", "✘ does not hold here:")
 
 
 def verdicts(report, name):
@@ -83,6 +105,21 @@ def test_raising_cell_is_caught_by_both(committed, report):
 
 def test_numbers_of_another_machine_pass(report):
     assert verdicts(report, "04_measured") == {"PASSED"}
+
+
+def test_swapped_cells_are_caught_by_a_guard_and_also_by_nbval(committed, report):
+    assert "executed_in_order" in guards.complaints(committed / "05_swapped.ipynb")
+    assert "FAILED" in verdicts(report, "05_swapped")
+
+
+def test_swapped_cells_with_new_numbers_are_caught_by_nbval_alone(committed, report):
+    assert guards.complaints(committed / "06_renumbered.ipynb") == {}
+    assert "FAILED" in verdicts(report, "06_renumbered")
+
+
+def test_claim_that_no_longer_holds_is_caught_by_nbval(committed, report):
+    assert guards.complaints(committed / "07_stale.ipynb") == {}
+    assert "FAILED" in verdicts(report, "07_stale")
 
 
 def plant_refuted_claim(notebook):
@@ -122,12 +159,101 @@ def plant_picture(notebook):
     notebook.cells[2].outputs.append(new_output("display_data", data))
 
 
+def delete_picture(notebook):
+    notebook.metadata["course"]["pictures"] = 1  # one was there when it was committed
+
+
 def plant_stale_fast_value(notebook):
     notebook.metadata["course"]["fast"]["EPOCHS"] = 1
 
 
 def plant_second_parameters(notebook):
     notebook.cells.append(new_code_cell("M = 1", id="m", metadata={"tags": ["parameters"]}, execution_count=5))
+
+
+def showing(**data):
+    """A fault: the first output shows `data`, MIME types with "_" for "/"."""
+
+    def plant(notebook):
+        kinds = {kind.replace("_", "/", 1): content for kind, content in data.items()}
+        notebook.cells[2].outputs.append(new_output("display_data", kinds))
+
+    return plant
+
+
+def saying(text):
+    """A fault: a cell of Markdown."""
+    return lambda notebook: notebook.cells.append(new_markdown_cell(text, id="text"))
+
+
+def keeping(module="@jupyter-widgets/controls", **state):
+    """A fault: a widget of `module` in the metadata that keeps `state`."""
+
+    def plant(notebook):
+        model = {"model_module": module, "model_module_version": "2.0.0", "model_name": "M", "state": state}
+        widgets = {"state": {f"{1:032x}": model}, "version_major": 2, "version_minor": 0}
+        notebook.metadata["widgets"] = {WIDGET_STATE: widgets}
+
+    return plant
+
+
+SCRIPT = "<p>fine</p><script>alert(1)</script>"
+OUTSIDE = "https://example.org/a"
+HARMLESS = (
+    showing(
+        text_html='<p style="color: red">a &lt;script&gt; <a href="#here">b</a></p><img src="data:image/png;base64,//+a">'
+    ),
+    showing(**{"image_svg+xml": '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'}),
+    saying(
+        f"[a link]({OUTSIDE}), `<script>`, `![x]({OUTSIDE})` and $a <b$\n\n```html\n<script src='{OUTSIDE}'></script>\n```"
+    ),
+    keeping(value="<p>fine</p>", outputs=[{"output_type": "display_data", "data": {"text/html": "<pre>fine</pre>"}}]),
+)
+SCRIPTS = (
+    showing(text_html=SCRIPT),
+    showing(text_html='<img src="a.png" onerror="alert(1)">'),
+    showing(text_html="<iframe srcdoc='x'></iframe>"),
+    showing(text_html="<a href='javascript:alert(1)'>b</a>"),
+    showing(text_html="<object data='a.svg'></object>"),
+    showing(text_markdown="<ScRiPt>alert(1)</ScRiPt>"),
+    showing(**{"image_svg+xml": "<svg onload='alert(1)'/>"}),
+    showing(application_javascript="alert(1)"),
+    showing(text_javascript="alert(1)"),
+    showing(**{"application_vnd.bokehjs_exec.v0+json": ""}),
+    saying(SCRIPT),
+    keeping(value=SCRIPT),
+    keeping(outputs=[{"output_type": "display_data", "data": {"text/html": SCRIPT}}]),
+    keeping(outputs=[{"output_type": "display_data", "data": {"application/javascript": "alert(1)"}}]),
+)
+REQUESTS = (
+    showing(text_html=f"<img src='{OUTSIDE}'>"),
+    showing(text_html="<img src='//example.org/a'>"),
+    showing(text_html=f"<img srcset='a.png 1x, {OUTSIDE} 2x'>"),
+    showing(text_html=f"<a href='{OUTSIDE}'>b</a>"),
+    showing(text_html=f"<link rel='stylesheet' href='{OUTSIDE}'>"),
+    showing(text_html=f"<p style='background: url({OUTSIDE})'>b</p>"),
+    showing(text_html=f"<style>p {{background: url({OUTSIDE})}}</style>"),
+    showing(text_markdown=f"![b]({OUTSIDE})"),
+    showing(**{"image_svg+xml": f"<svg><image xlink:href='{OUTSIDE}'/></svg>"}),
+    saying(f"![b]({OUTSIDE})"),
+    saying(f"![b][c]\n\n[c]: {OUTSIDE}"),
+    saying(f"<img src={OUTSIDE}>"),
+    keeping(value=f"<img src='{OUTSIDE}'>"),
+    keeping(module="jupyter-somebody"),
+)
+
+
+@pytest.mark.parametrize("plant", HARMLESS)
+def test_what_neither_runs_nor_asks_passes(committed, tmp_path, plant):
+    assert planted(committed, tmp_path, plant) == {}
+
+
+def planted(committed, tmp_path, fault):
+    """Plant `fault` in a notebook that is fine; return the complaints."""
+    path = tmp_path / "00_toy.ipynb"
+    path.write_bytes((committed / "00_untouched.ipynb").read_bytes())
+    edit(path, fault)
+    return guards.complaints(path)
 
 
 @pytest.mark.parametrize(
@@ -142,12 +268,12 @@ def plant_second_parameters(notebook):
         (plant_second_title, "one_title"),
         (plant_silence, "reasons_given"),
         (plant_picture, "pictures_present"),
+        (delete_picture, "pictures_present"),
         (plant_stale_fast_value, "fast_values_fit"),
         (plant_second_parameters, "fast_values_fit"),
+        *((fault, "runs_no_script") for fault in SCRIPTS),
+        *((fault, "asks_nobody") for fault in REQUESTS),
     ],
 )
 def test_planted_fault_is_caught_by_its_guard_alone(committed, tmp_path, fault, guard):
-    path = tmp_path / "00_toy.ipynb"
-    path.write_bytes((committed / "00_untouched.ipynb").read_bytes())
-    edit(path, fault)
-    assert list(guards.complaints(path)) == [guard]
+    assert list(planted(committed, tmp_path, fault)) == [guard]

@@ -1,5 +1,6 @@
 """Toy notebooks for the tests of the runner and of the gate: a heading and a few code cells, no torch."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ def nbval(folder):
         "--rootdir",
         str(folder),
         "-c",
-        "/dev/null",
+        os.devnull,
         str(folder),
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
