@@ -3,11 +3,12 @@
 Xiao et al., *Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms*, 2017 (arXiv 1708.07747).
 """
 
+import contextlib
 import functools
 import gzip
-import os
+import shutil
+import zlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -110,6 +111,19 @@ def augment(pixels, shift, generator):
     return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def require_torchvision():
+    """Return the package torchvision. Raises `RuntimeError`, with what to do, where it is missing or made for another torch."""
+    try:
+        import torchvision
+    except Exception as error:  # a wrong pair raises anything from ImportError to RuntimeError
+        first_line = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"torchvision does not load with torch {torch.__version__} ({first_line}): run `make setup`, which installs the two "
+            "that belong together; `make doctor` says more"
+        ) from None
+    return torchvision
+
+
 def _split_indices(labels):
     # The official file is already shuffled, so "the first ones of each class" needs no random generator
     # and stays the same whatever the torch release.
@@ -131,16 +145,15 @@ def _splits(part):
 
 
 def _official(part):
-    from torchvision.datasets import FashionMNIST
-
+    datasets = require_torchvision().datasets
     # torchvision wants all four files unpacked before it reads any.
     packed = [files.verified(f"{FOLDER}/{name}.gz") for name in IDX_FILES]
     root = files.data_dir()
-    if not os.access(root / FOLDER, os.W_OK):  # a read-only checkout: unpack into this user's own cache
-        root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "squeeze-and-speed-up"
+    if not files.is_writable(root / FOLDER):  # a read-only checkout
+        root = files.cache_dir()
     for path in packed:
         _unpack(path, root / FOLDER / path.stem)
-    dataset = FashionMNIST(root=root, train=part == "train", download=False)
+    dataset = datasets.FashionMNIST(root=root, train=part == "train", download=False)
     return dataset.data, dataset.targets
 
 
@@ -149,4 +162,10 @@ def _unpack(packed, target):
     if target.is_file() and files.sha256(target) == expected:
         return
     with files.replacing(target) as partial:
-        partial.write_bytes(gzip.decompress(packed.read_bytes()))
+        with contextlib.suppress(gzip.BadGzipFile, EOFError, zlib.error), gzip.open(packed) as source:
+            with open(partial, "wb") as unpacked:
+                shutil.copyfileobj(source, unpacked)  # some at a time: what is packed may be a thousand times as large
+        if files.sha256(partial) != expected:
+            raise files.DataFileError(
+                f"{packed} does not hold what {files.MANIFEST} says: restore both with `git checkout -- data`"
+            )

@@ -1,14 +1,19 @@
 """Files that are whole or absent: checked against the manifest when read, replaced in one step when written."""
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
 import os
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+FOLDER = "squeeze-and-speed-up"  # of this course, beside those of other programs
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # the disk, or what we may have of it
 
 
 class DataFileError(RuntimeError):
@@ -38,11 +43,15 @@ def read_manifest():
     path = data_dir() / MANIFEST
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(entries, dict):
-            raise ValueError("a list of files was expected")
+        if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+            raise ValueError("files with their sizes and checksums were expected")
         return entries
-    except ValueError as error:
-        raise DataFileError(f"{path} is not valid JSON ({error}). {_restore(MANIFEST)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataFileError(f"{path} is not valid ({error}). {restore(MANIFEST)}") from None
+
+
+def _is_entry(entry):
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 def update_manifest(name, **facts):
@@ -61,16 +70,16 @@ def verified(name):
     entry = read_manifest().get(name)
     path = data_dir() / name
     if entry is None:
-        raise DataFileError(f"{name} has no entry in {MANIFEST}. {_restore(MANIFEST)}")
+        raise DataFileError(f"{name} has no entry in {MANIFEST}. {restore(MANIFEST)}")
     if not path.is_file():
-        raise DataFileError(f"{path} is missing (expected {entry['bytes']:,} bytes). {_restore(name)}")
+        raise DataFileError(f"{path} is missing (expected {entry['bytes']:,} bytes). {restore(name)}")
     stat = path.stat()
     if stat.st_size != entry["bytes"]:
-        raise DataFileError(f"{path} has {stat.st_size:,} bytes, expected {entry['bytes']:,}. {_restore(name)}")
+        raise DataFileError(f"{path} has {stat.st_size:,} bytes, expected {entry['bytes']:,}. {restore(name)}")
     found = _sha256_of_version(path, stat.st_size, stat.st_mtime_ns)
     if found != entry["sha256"]:
         raise DataFileError(
-            f"{path} was altered: sha256 {found[:12]}…, expected {entry['sha256'][:12]}…. {_restore(name)}"
+            f"{path} was altered: sha256 {found[:12]}…, expected {entry['sha256'][:12]}…. {restore(name)}"
         )
     return path
 
@@ -87,7 +96,8 @@ def _sha256_of_version(path, size, mtime_ns):
     return sha256(path)
 
 
-def _restore(name):
+def restore(name):
+    """Return how to have the data file `name` back, as a sentence."""
     if name.startswith("checkpoints/"):
         return f"Restore it with `git checkout -- data/{name}`, or train it again with `make train`."
     return f"Restore it with `git checkout -- data/{name}`."
@@ -97,7 +107,7 @@ def _restore(name):
 def replacing(path):
     """Yield a temporary path beside `path`; on success it replaces `path` in one step, on any error it is removed.
 
-    A killed process therefore never leaves a half-written `path`.
+    A killed process therefore never leaves a half-written `path`. Raises `OSError`, which names `path`, where the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +121,14 @@ def replacing(path):
         mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
         partial.chmod(mode)
         os.replace(partial, path)
+    except OSError as error:
+        if error.errno in FULL and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:  # torch and safetensors do not always say that the disk is full
+        if shutil.disk_usage(path.parent).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -121,18 +139,42 @@ def write_text(path, text):
         partial.write_text(text, encoding="utf-8")
 
 
+def is_writable(folder):
+    """Return whether `folder` is there and takes files: one of a read-only checkout does not, whoever asks."""
+    return os.path.isdir(folder) and os.access(folder, os.W_OK)
+
+
 def results_dir():
     """Return the folder for what your own runs make: `$COURSE_RESULTS`, else `results/` of the checkout; it is created.
 
-    In a read-only checkout it is a folder in the system's temporary directory.
+    In a read-only checkout it is `temporary_dir`, which is said once.
     """
     folder = Path(os.environ.get("COURSE_RESULTS") or data_dir().parent / "results")
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+    if is_writable(folder):
+        return folder
+    _say_once(f"{folder} cannot be written: results go to {temporary_dir()} (COURSE_RESULTS may name another folder).")
+    return temporary_dir()
+
+
+def cache_dir():
+    """Return the folder for what can be made again: in the user's cache, or `temporary_dir` where there is none."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nobody knows where this user's home is
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_writable(folder):
             return folder
-    except OSError:
-        pass
-    folder = Path(tempfile.gettempdir()) / "squeeze-and-speed-up"
+    return temporary_dir()
+
+
+def temporary_dir():
+    """Return this user's folder in the system's temporary directory, which it shares with others; it is created."""
+    folder = Path(tempfile.gettempdir()) / f"{FOLDER}-{getattr(os, 'getuid', int)()}"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@functools.cache
+def _say_once(sentence):
+    print(sentence, file=sys.stderr)

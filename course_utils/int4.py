@@ -4,6 +4,7 @@ import json
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from . import affine, files, models, simulate, weights
 from .rounding.awq import InputScale, scale_input
@@ -136,50 +137,95 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
 def load_packed(path):
     """Return the model stored by `save_packed`, in evaluation mode: its weights are unpacked to float32 once.
 
-    Raises `ValueError` when the file is not of that format.
+    Raises `FileNotFoundError`, and `ValueError` when the file is not of that format, or damaged. What it says about sizes is
+    held against what it holds before memory is taken for them.
     """
     from safetensors import safe_open
 
     try:
-        file = safe_open(path, framework="pt")
-        layout = json.loads((file.metadata() or {}).get("course", "{}"))
-    except Exception as error:  # safetensors raises its own type, FileNotFoundError passes through below
-        if isinstance(error, FileNotFoundError):
-            raise
+        with safe_open(path, framework="pt") as file:
+            layout = json.loads((file.metadata() or {}).get("course", "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors raises its own type, and JSON that nests too deep a RecursionError
         raise ValueError(
             f"{path} is not a readable safetensors file ({error}): write it again with save_packed"
         ) from None
-    if layout.get("format") not in (FORMAT, *EARLIER):
+    found = layout.get("format") if isinstance(layout, dict) else None
+    if found not in (FORMAT, *EARLIER):
         raise ValueError(
-            f"{path} was not written by this save_packed (format {layout.get('format')!r}, expected {FORMAT!r}): write it again"
+            f"{path} was not written by this save_packed (format {found!r}, expected {FORMAT!r}): write it again"
         )
-    model = models.build(**layout["architecture"])
+    try:
+        return _rebuild(layout, state)
+    except Exception as error:  # whatever a damaged layout leads to
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): write it again with save_packed"
+        ) from error
+
+
+def _rebuild(layout, state):
+    """Return the model that a file's layout and tensors describe; a damaged layout ends in errors of many types."""
+    model = skeleton(models.build, **layout["architecture"])  # until the tensors have proved its sizes
     model = weights.fold_batch_norm(model) if layout["folded"] else model.eval()
     found = weights.layers(model)
     for name, dim in layout.get("scaled", {}).items():  # before the ranges, which are of what has been scaled
-        scale_input(found[name], InputScale(file.get_tensor(f"{name}.input_scale.factors").float(), dim))
+        factors = state[f"{name}.input_scale.factors"].float()
+        channel = -1 if isinstance(found[name], nn.Linear) else -3
+        if dim != channel or factors.shape != found[name].weight.shape[1:2]:
+            raise ValueError(f"the factors of the inputs of {name} do not fit it")
+        scale_input(found[name], InputScale(factors, channel))
     for name, (qmin, qmax) in layout["inputs"].items():
-        scale, zero_point = (file.get_tensor(f"{name}.input_quantizer.{key}") for key in ("scale", "zero_point"))
-        simulate.set_input_quantizer(found[name], simulate.FakeQuantize(affine.QParams(scale, zero_point, qmin, qmax)))
-    state = {key: file.get_tensor(key) for key in file.keys()}
+        if not type(qmin) is type(qmax) is int or not -128 <= qmin < qmax <= 255:
+            raise ValueError(f"{name} rounds its input to integers {qmin!r}..{qmax!r}")
+        scale, zero_point = (state[f"{name}.input_quantizer.{key}"].reshape(()) for key in ("scale", "zero_point"))
+        qparams = affine.QParams(scale.float(), zero_point.int(), qmin, qmax)
+        simulate.set_input_quantizer(found[name], simulate.FakeQuantize(qparams))
     for name, stored in layout["layers"].items():
+        shape = found[name].weight.shape
+        if list(shape) != stored["shape"]:
+            raise ValueError(f"{name} has weights of shape {stored['shape']}, expected {list(shape)}")
         qparams = _stored_qparams(state, f"{name}.weight", stored)
-        q = unpack(state.pop(f"{name}.weight.packed"), stored["shape"], stored["bits"], signed=qparams.qmin < 0)
+        q = unpack(state.pop(f"{name}.weight.packed"), shape, stored["bits"], signed=qparams.qmin < 0)
         state[f"{name}.weight"] = affine.dequantize(q, qparams)
         found[name].weight_qparams = qparams
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()})
+    dtypes = {key: value.dtype for key, value in model.state_dict().items()}
+    # Copied, for what safetensors returns is the file itself, mapped into memory.
+    state = {key: value.to(dtypes.get(key, value.dtype), copy=True) for key, value in state.items()}
+    model.load_state_dict(state, assign=True)
     return model
+
+
+class _Unfilled(TorchFunctionMode):
+    """Skips what fills new weights: on device "meta" there is nothing to fill, and torch loads its compiler to do it."""
+
+    FILL = torch.Tensor.normal_, torch.Tensor.uniform_  # besides torch.nn.init
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == nn.init.__name__ or function in self.FILL:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+def skeleton(make, **sizes):
+    """Return the network `make(**sizes)` on torch's device "meta": it has all shapes and takes no memory, however large it is."""
+    with _Unfilled(), torch.device("meta"):
+        return make(**sizes)
 
 
 def _stored_qparams(state, key, stored):
     """Take scale and zero point of one weight out of `state` and return its `QParams`."""
-    bits, scale = stored["bits"], state.pop(f"{key}.scale").float()
+    bits, scale, group_size = stored["bits"], state.pop(f"{key}.scale").float(), stored["group_size"]
+    _check_bits(bits)
     if stored["symmetric"]:
         qmin, qmax, zero_point = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, torch.zeros_like(scale, dtype=torch.int32)
     else:
         qmin, qmax = 0, 2**bits - 1
         zero_point = unpack(state.pop(f"{key}.zero_point"), scale.shape, bits, signed=False).int()
-    return affine.QParams(scale, zero_point, qmin, qmax, stored["axis"], stored["group_size"])
+    if group_size is not None:  # a group that is longer than a row is the row
+        group_size = min(group_size, torch.Size(stored["shape"])[1:].numel())
+    return affine.QParams(scale, zero_point, qmin, qmax, stored["axis"], group_size)
 
 
 def _packed_bytes(n, bits):

@@ -120,9 +120,18 @@ def read(path):
             raise ValueError(f"it has version {content['version']}, expected {VERSION}")
         if not isinstance(content["records"], dict) or not isinstance(content["machines"], dict):
             raise ValueError("its records are not in tables")
+        for subject, quantities in content["records"].items():
+            for quantity, entry in quantities.items():
+                numbers = [entry["value"], *(entry[key] for key in ("low", "high", "n") if key in entry)]
+                if entry["source"] not in SOURCES or not all(isinstance(number, int | float) for number in numbers):
+                    raise ValueError(f"{quantity} of {subject} is not a number with its source")
+                format_entry(entry), hash(entry.get("machine"))  # what a damaged one leads to is raised here
+        json.dumps(content, ensure_ascii=False).encode()  # no file can hold half a character
         return content
-    except (ValueError, KeyError, TypeError) as error:
-        raise LedgerError(f"cannot read the ledger {path} ({error}): delete it and run the notebooks again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise LedgerError(
+            f"cannot read the ledger {path} ({error}): restore it if it is in git, or delete it and run the notebooks again"
+        ) from None
 
 
 def _write(path, content):

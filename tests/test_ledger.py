@@ -87,11 +87,23 @@ def test_an_unknown_source_is_refused_with_the_known_ones():
         ledger.record("INT8", "size", 1, source="guessed")
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"{", b"[]", b'"text"', b"\xff\xfe\x00", b'{"version": 0, "records": {}}', b'{"records": {}}', b'{"version": 1}'],
-    ids=["cut", "list", "text", "binary", "old version", "no version", "no records"],
-)
+DAMAGED = {
+    "cut": b"{",
+    "list": b"[]",
+    "text": b'"text"',
+    "binary": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+    "old version": b'{"version": 0, "records": {}}',
+    "no version": b'{"records": {}}',
+    "no records": b'{"version": 1}',
+    "no quantities": b'{"version": 1, "machines": {}, "records": {"INT8": []}}',
+    "no entry": b'{"version": 1, "machines": {}, "records": {"INT8": {"size": 3}}}',
+    "no number": b'{"version": 1, "machines": {}, "records": {"INT8": {"size": {"value": "3", "source": "cited"}}}}',
+    "no source": b'{"version": 1, "machines": {}, "records": {"INT8": {"size": {"value": 3}}}}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_a_ledger_that_cannot_be_read_is_one_clear_error(tmp_path, content):
     (tmp_path / "ledger.json").write_bytes(content)
     for use in (lambda: ledger.get("INT8", "size"), lambda: ledger.record("INT8", "size", 1)):

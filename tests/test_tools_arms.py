@@ -15,7 +15,7 @@ from course_utils.tools import arms
 def folder(tmp_path, monkeypatch):
     """A data folder with a manifest of two checkpoints and no arms yet."""
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))
-    manifest = {f"checkpoints/{name}.safetensors": {"sha256": f"sum of {name}"} for name in arms.POLICIES}
+    manifest = {f"checkpoints/{name}.safetensors": {"bytes": 1, "sha256": f"sum of {name}"} for name in arms.POLICIES}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 

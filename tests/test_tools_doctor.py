@@ -79,6 +79,13 @@ def test_torchvision_of_another_torch_fails(monkeypatch):
     assert "make setup" in found[0].fix
 
 
+def test_a_torch_that_does_not_load_fails_alone(monkeypatch):
+    monkeypatch.setattr(doctor, "_import_error", lambda name: f"{name} does not load")
+    (found,) = doctor.torch_and_vision()
+    assert (found.status, found.what) == ("FAIL", "torch")
+    assert "torch does not load" in found.found and "make setup" in found.fix
+
+
 def test_missing_torch_fails(monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert list(doctor.torch_and_vision()) == []
@@ -115,6 +122,26 @@ def test_a_torch_without_any_engine_fails(monkeypatch):
     assert [finding.status for finding in doctor.int8_engines()] == ["FAIL"]
 
 
+def test_what_is_optional_and_missing_is_no_fault_and_has_its_remedy(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = [*doctor.engines(), *doctor.compiler()]
+    assert [finding.what for finding in found] == [*doctor.ENGINES, "C++ compiler"]
+    for finding in found:
+        assert (
+            finding.status == "OK"
+            and "optional" in finding.found
+            and ("install" in finding.fix or "make" in finding.fix)
+        )
+
+
+def test_a_checkout_and_a_home_that_take_no_files_are_warnings(monkeypatch):
+    monkeypatch.setattr(doctor.files, "is_writable", lambda folder: False)
+    assert [(finding.status, finding.what) for finding in doctor.folders()] == [("WARN", "checkout"), ("WARN", "home")]
+    monkeypatch.setattr(doctor.files, "is_writable", lambda folder: True)
+    assert [finding.status for finding in doctor.folders()] == ["OK", "OK"]
+
+
 def test_little_memory_is_a_warning(monkeypatch):
     monkeypatch.setattr(cpu, "memory_gib", lambda: 1.0)
     assert [finding.status for finding in doctor.memory()] == ["WARN"]
@@ -144,7 +171,7 @@ def test_instruction_sets_of_arm(monkeypatch):
 
 def test_altered_data_file_fails_with_its_remedy(monkeypatch, tmp_path):
     (tmp_path / "manifest.json").write_text(
-        json.dumps({"a.gz": {"bytes": 3, "sha256": "0" * 64}, "b.gz": {"bytes": 1}})
+        json.dumps({"a.gz": {"bytes": 3, "sha256": "0" * 64}, "b.gz": {"bytes": 1, "sha256": ""}})
     )
     (tmp_path / "a.gz").write_bytes(b"abc")
     monkeypatch.setenv("COURSE_DATA", str(tmp_path))

@@ -189,6 +189,32 @@ def test_the_file_of_another_training_is_refused(some, tmp_path):
     assert path.exists()
 
 
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "a list", "a flipped bit"])
+def test_a_damaged_file_is_named_with_the_way_on_and_kept(some, tmp_path, damage):
+    path = tmp_path / "tuning.pt"
+
+    def kill(step, model):
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        training.finetune(tiny(), some, steps=5, resume=path, save_every=2, on_step=kill)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "a list":
+        torch.save([1, 2], path)
+    else:
+        path.write_bytes(
+            {"truncated": content[:-100], "empty": b"", "text": b"hello", "a flipped bit": content}[damage]
+        )
+    before = path.read_bytes()
+    with pytest.raises(
+        ValueError, match="tuning.pt is damaged, or not the state of a training: delete it to start anew"
+    ):
+        training.finetune(tiny(), some, steps=5, resume=path)
+    assert path.read_bytes() == before
+
+
 # Several processes
 
 SCRIPT = """

@@ -7,7 +7,11 @@ here is a sentence in `engines()`, never a crash at import. A quantized model is
 import hashlib
 import importlib
 import json
+import math
+import re
 from dataclasses import dataclass
+
+import torch
 
 from .. import cpu, files
 
@@ -49,6 +53,7 @@ CANNOT = {
     "flatten": "engine {engine} has no file of its own: save the float network, and deploy it again",
 }
 OBSERVERS = ("minmax", "histogram")
+LARGEST_IMAGE = 2**24  # numbers in one, some 2,300 pixels on a side: some engines try what a file asks for
 # Of weights, by `reduce_range`: two products of 63 and an unsigned byte, 2 · 255 · 63 = 32,130, fit into 16 bits.
 WEIGHT_RANGES = {False: (-128, 127), True: (-63, 63)}
 # What a layer does besides its weights: two networks with the same weights may differ in these.
@@ -289,6 +294,7 @@ def save(model, path):
         raise ValueError("this model still trains in float: turn it into integers with convert_qat before saving")
     tensors, rest = _able(_family(recipe["engine"]), "flatten", recipe["engine"]).flatten(model)
     facts = {"format": FORMAT, "recipe": recipe, "layers": model.meta["course_layers"], "rest": rest}
+    _check_facts(path, facts)
     # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
     metadata = {"course": json.dumps(facts | {"sha256": _checksum(facts, tensors)})}
     with files.replacing(path) as partial:
@@ -303,55 +309,99 @@ def load(path, *, model=None):
     not know, and not at all for engines outside torch, whose files hold the whole network.
 
     Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed byte, or a model that
-    does not fit, `RuntimeError` when its engine does not run here.
+    does not fit, `RuntimeError` when its engine does not run here. What the file says about sizes is held against what it
+    holds before memory is taken for them.
     """
     facts, tensors = _read(path)
     recipe = facts["recipe"]
-    if getattr(family := _family(recipe["engine"]), "SELF_CONTAINED", False):
-        return _tag(family.rebuild(None, recipe, tensors, facts["rest"]), recipe, facts["layers"])
-    if model is None:
-        if recipe["architecture"] is None:
-            raise ValueError(
-                f"{path} holds a model that course_utils.models does not know: pass the float module as model="
-            )
-        from .. import models
+    try:
+        family = _family(recipe["engine"])
+        if getattr(family, "SELF_CONTAINED", False):
+            model = None
+        else:
+            model = _build(recipe, tensors) if model is None else model
+            _check_layers(model, facts["layers"])
+        return _tag(_rebuild(family, model, facts, tensors), recipe, facts["layers"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
-        model = models.build(**recipe["architecture"])
-    _check_layers(model, facts["layers"])
-    converted = family.rebuild(model, recipe, tensors, facts["rest"])
-    return _tag(converted, recipe, facts["layers"])
+
+def _build(recipe, tensors):
+    """Return the float network that a recipe names, if it is not larger than its stored tensors."""
+    from .. import int4, models
+
+    architecture = recipe.get("architecture")
+    if architecture is None:
+        raise ValueError("course_utils.models does not know this network: pass the float module as model=")
+    try:
+        skeleton = int4.skeleton(models.build, **architecture)
+        size = sum(parameter.numel() for parameter in skeleton.parameters())
+    except Exception as error:  # whatever a damaged architecture leads to
+        raise ValueError(f"there is no network {architecture} ({type(error).__name__}: {error})") from error
+    # A folded batch norm leaves fewer numbers, scales and zero points are more: never by so much.
+    if size > 2 * sum(tensor.numel() for tensor in tensors.values()):
+        raise ValueError(f"{architecture} has {size:,} parameters, more than are stored")
+    return models.build(**architecture)
+
+
+def _rebuild(family, model, facts, tensors):
+    try:
+        return family.rebuild(model, facts["recipe"], tensors, facts["rest"])
+    except ValueError:
+        raise
+    except Exception as error:  # engines raise their own types
+        raise ValueError(f"the model cannot be made again ({type(error).__name__}: {error}): save it again") from error
 
 
 def _read(path):
     """Return what `save` wrote to `path`: its facts and its tensors, checked against the checksum."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {}).get("course", "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors raises its own type, and JSON that nests too deep a RecursionError
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}): save the model again") from None
-    _check_format(path, facts.get("format"))
+    _check_format(path, facts.get("format") if isinstance(facts, dict) else None)
     if facts.pop("sha256", None) != _checksum(facts, tensors):
         raise ValueError(
             f"{path} is damaged: its contents differ from the checksum written with them. Copy it again from where it came, "
             "or save the model again"
         )
+    _check_facts(path, facts)
     return facts, tensors
+
+
+def _check_facts(path, facts):
+    """Raise `ValueError` unless the facts of a file are of the types, and its images of a size, that loading counts on."""
+    recipe, layers, rest = (facts.get(key) for key in ("recipe", "layers", "rest"))
+    if not all(isinstance(part, dict) for part in (recipe, layers, rest)) or not {"kind", "engine"} <= recipe.keys():
+        raise ValueError(f"{path} does not say how its model was made: save the model again")
+    if not all(isinstance(layer, dict) for layer in layers.values()):
+        raise ValueError(f"{path} does not say what the layers of its model do: save the model again")
+    sides = rest.get("image_shape", [1])
+    whole = isinstance(sides, list) and all(type(side) is int and side > 0 for side in sides)
+    if not whole or math.prod(sides) > LARGEST_IMAGE:
+        raise ValueError(
+            f"{path} is for images of shape {sides}: positive whole numbers were expected, {LARGEST_IMAGE:,} numbers at most"
+        )
 
 
 def _check_format(path, found):
     kind, _, version = FORMAT.rpartition("-")
-    found_kind, _, found_version = str(found).rpartition("-")
-    if found_kind == kind and found_version.isdecimal() and found != FORMAT:
-        if int(found_version) > int(version):
+    other = re.fullmatch(rf"{kind}-(\d{{1,9}})", str(found))
+    if other and found != FORMAT:
+        newer = int(other[1]) > int(version)
+        if newer:
             remedy = "update the course (git pull, then make setup)"
         else:
             remedy = "quantize the model again and save it, or run the notebook that made the file again"
-        age = "a newer" if int(found_version) > int(version) else "an older"
         raise ValueError(
-            f"{path} was written by {age} version of the course (format {found!r}, this one reads {FORMAT!r}): {remedy}"
+            f"{path} was written by {'a newer' if newer else 'an older'} version of the course (format {found!r}, this one "
+            f"reads {FORMAT!r}): {remedy}"
         )
     if found != FORMAT:
         raise ValueError(f"{path} was not written by backends.save (format {found!r}, expected {FORMAT!r})")
@@ -361,7 +411,7 @@ def _checksum(facts, tensors):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # numpy lacks some of torch's types
     return digest.hexdigest()
 
 

@@ -72,12 +72,13 @@ def rebuild(model, recipe, tensors, rest):
             converted = convert_fx(prepare_qat_fx(copy.deepcopy(model).train(), _qconfigs(recipe), example).eval())
         else:
             converted = convert_fx(prepare_fx(copy.deepcopy(model).eval(), _qconfigs(recipe), example))
+        # Kernels read as many scales as there should be, so all shapes have to be right before they get them.
+        for expected, found in zip(_forms(*flatten(converted)), _forms(tensors, rest), strict=True):
+            if strange := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
+                raise ValueError(
+                    f"the stored weights do not fit this {type(model).__name__}; they differ in {', '.join(strange[:3])}, ..."
+                )
         state = converted.state_dict()  # filled in place: it carries the layout versions that loading asks for
-        if state.keys() != rest.keys():
-            strange = ", ".join(sorted(state.keys() ^ rest.keys())[:3])
-            raise ValueError(
-                f"the stored weights do not fit this {type(model).__name__}; they differ in {strange}, ..."
-            )
         state.update({key: _restore(key, what, tensors) for key, what in rest.items()})
         try:
             converted.load_state_dict(state)
@@ -254,6 +255,12 @@ def _flatten(key, value, tensors):
     tensors[f"{key}.scales"] = scales.float() if torch.equal(scales.float().double(), scales.double()) else scales
     tensors[f"{key}.zero_points"] = zero_points.to(torch.int32)
     return {"kind": "quantized", "axis": value.q_per_channel_axis() if per_channel else None}
+
+
+def _forms(tensors, rest):
+    """Return what has to be the same in two files of the same network: the rest, and shapes and types of all tensors."""
+    any_float = {torch.float64: torch.float32}  # scales are of either
+    return rest, {key: (tuple(t.shape), any_float.get(t.dtype, t.dtype)) for key, t in tensors.items()}
 
 
 def _restore(key, what, tensors):

@@ -40,7 +40,7 @@ def read():
         return {}
     except OSError as error:
         raise files.DataFileError(f"{path()} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise files.DataFileError(
             f"{path().name} is damaged: delete it to start anew (what you wrote in the notebooks is not in it)"
         ) from None

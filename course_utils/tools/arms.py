@@ -135,8 +135,10 @@ def read():
     try:
         with safe_open(path, framework="pt") as file:
             listed = json.loads(file.metadata()["arms"])
-            found = {_arm(row["arm"]): (file.get_tensor(key).long(), row["checkpoint"]) for key, row in listed.items()}
-    except Exception as error:  # safetensors raises its own type
+            found = {
+                _arm(row["arm"]): (_classes(file.get_tensor(key)), row["checkpoint"]) for key, row in listed.items()
+            }
+    except Exception as error:  # safetensors raises its own type, and a damaged list leads to many
         raise files.DataFileError(
             f"{path} is damaged ({error}): restore it with git, or delete it and run `make arms`"
         ) from None
@@ -145,7 +147,15 @@ def read():
 
 
 def _arm(row):
+    if row["model"] not in POLICIES:
+        raise ValueError(f"there is no network {row['model']!r}")
     return Arm(**row | {"policy": row["policy"] and Policy(**row["policy"])})
+
+
+def _classes(stored):
+    if stored.dtype != torch.uint8 or stored.ndim != 1:
+        raise ValueError(f"predictions are {stored.dtype} of shape {tuple(stored.shape)}, expected one byte an image")
+    return stored.long()
 
 
 def _row(arm):

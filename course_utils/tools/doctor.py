@@ -51,7 +51,7 @@ class Finding:
 def examine():
     """Return all findings, in the order to read them."""
     software = (python, torch_and_vision, torchao, packages)
-    machine = (processor, int8_engines, memory, compiler)
+    machine = (processor, int8_engines, memory, compiler, folders)
     return [finding for part in (*software, *machine, engines, data_files) for finding in part()]
 
 
@@ -70,6 +70,9 @@ def torch_and_vision():
     """Yield whether torch and torchvision belong together and load; `packages` speaks when one is missing."""
     versions = {name: _version(name) for name in ("torch", "torchvision")}
     if None in versions.values():
+        return
+    if problem := _import_error("torch"):
+        yield Finding("FAIL", "torch", f"{versions['torch']}: {problem}", SETUP)
         return
     yield Finding("OK", "torch", versions["torch"])
     problem = mismatch("torchvision", "torch", versions["torch"]) or _import_error("torchvision")
@@ -185,6 +188,19 @@ def compiler():
         yield Finding("OK", "C++ compiler", found)
     else:
         yield Finding("OK", "C++ compiler", "not found (optional, for torch.compile)", "install g++ or clang")
+
+
+def folders():
+    """Yield whether the checkout and the home of this user take files."""
+    if files.is_writable(PYPROJECT.parent):
+        yield Finding("OK", "checkout", "takes files")
+    else:
+        fix = "a clone of your own, to keep what you do; results go to the temporary folder meanwhile"
+        yield Finding("WARN", "checkout", "cannot be written", fix)
+    if files.is_writable(os.path.expanduser("~")):
+        yield Finding("OK", "home", "takes files")
+    else:
+        yield Finding("WARN", "home", "cannot be written, and Jupyter needs one", "HOME=$(mktemp -d) make lab")
 
 
 def engines():

@@ -22,6 +22,7 @@ FILE = "ladder.json"
 MODELS = ("resnet18", "mobilenet_v2")
 CALIBRATION_IMAGES = 256
 VALIDATION_IMAGES = 1_000
+MOST_IMAGES = 10_000  # the test images; no rung is scored on more
 
 NEAREST = ("nearest", "bias correction")
 EQUALIZED = ("equalization", "equalization, bias correction")
@@ -181,8 +182,15 @@ def _row(rung):
 
 
 def _rung(row):
-    n, right = row["images"], row["right"]
-    counts = measure.Comparison(n, *(Proportion(k, n) for k in right), *row["flips"])
+    """Return the `Rung` of one line of the file; a damaged one ends in errors of several types."""
+    n, (first, second), (flips, fixed, broke) = row["images"], row["right"], row["flips"]
+    whole = all(type(count) is int for count in (n, first, second, flips, fixed, broke))
+    if not whole or n > MOST_IMAGES or not 0 <= fixed + broke <= flips <= n or fixed - broke != second - first:
+        raise ValueError(f"these counts cannot be: {n} images, {first} and {second} right, {row['flips']} flips")
+    known = row["model"] in MODELS and row["split"] in data.SPLITS and row["repair"] in NEAREST + EQUALIZED + ADAROUND
+    if not known:
+        raise ValueError(f"nothing is known of {row['model']}, {row['repair']}, {row['split']}")
+    counts = measure.Comparison(n, Proportion(first, n), Proportion(second, n), flips, fixed, broke)
     return Rung(row["model"], Policy(**row["policy"]), row["repair"], row["split"], counts)
 
 
@@ -195,7 +203,7 @@ def _read():
         for row in stored["rungs"]:
             _rung(row)
         return stored | {"checkpoints": dict(stored["checkpoints"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise files.DataFileError(
             f"{path} is damaged ({error}): restore it with git, or delete it and run `make ladder`"
         ) from None

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -28,10 +29,13 @@ from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from course_utils import files
+from course_utils import ledger as ledgers
 from course_utils.tools.clean import KERNELSPEC, clean, to_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL_TIMEOUT = 900  # seconds; a cell that hangs must not hang the run
+# What Python and NumPy, C++, torch and the system say.
+OUT_OF_MEMORY = re.compile(r"MemoryError|bad_alloc|[Cc]an(no|')t allocate memory")
 for chatty in ("papermill", "asyncio"):  # what they would say of a dead or stopped kernel, this file says in one line
     logging.getLogger(chatty).setLevel(logging.CRITICAL)
 
@@ -67,16 +71,25 @@ def run(
     JSON file that collects the records of the notebooks that passed (`data/ledger.json`, or one beside the outputs when
     they do not go back into `folder`). timeout: seconds that one cell may take.
 
+    Where outputs cannot be written, as in a read-only checkout, they and their ledger go to the system's temporary directory,
+    which is said.
+
     Exit codes: 0 all passed, 1 a notebook failed, 2 nothing was run (message says why), 128 + signal when interrupted.
     """
     folder = Path(folder)
-    target = Path(results) / ("solved" if solved else "fast") if fast or solved else folder
-    ledger = Path(ledger or (ROOT / "data" / "ledger.json" if target == folder else target / "ledger.json"))
     outcomes = []
     try:
         notebooks = _select(folder, only)
-        with _alone(folder), _signals_raise(), tempfile.TemporaryDirectory() as scratch:
-            for leftover in target.glob(".*.ipynb.partial"):  # of a run that was killed while writing
+        target = _target(folder, results, "solved" if solved else "fast" if fast else None)
+        ledger = Path(ledger or (ROOT / "data" / "ledger.json" if target == folder else target / "ledger.json"))
+        _check(ledger)
+        with (
+            _alone(folder if files.is_writable(folder) else target),
+            _signals_raise(),
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            partial = [*target.glob(".*.ipynb.partial"), *ledger.parent.glob(f".{ledger.stem}-*.json.partial")]
+            for leftover in partial:  # of a run that was killed while writing
                 leftover.unlink()
             outcomes += [Outcome(path.stem) for path in notebooks]
             for path, outcome in zip(notebooks, outcomes, strict=True):
@@ -95,6 +108,26 @@ def run(
 
 class _NothingRun(Exception):
     pass
+
+
+def _target(folder, results, edition):
+    """Return where outputs go: back into `folder`, into `results` if they are an `edition`, or where there is room for them."""
+    target = folder if edition is None else Path(results) / edition
+    with contextlib.suppress(OSError):
+        target.mkdir(parents=True, exist_ok=True)
+    if files.is_writable(target):
+        return target
+    instead = files.temporary_dir() / (edition or "notebooks")
+    instead.mkdir(exist_ok=True)
+    print(f"{target} cannot be written: the notebooks and their ledger go to {instead}.", file=sys.stderr)
+    return instead
+
+
+def _check(ledger):
+    try:
+        ledgers.read(ledger)  # now, and not when the first notebook has run for minutes
+    except ledgers.LedgerError as error:
+        raise _NothingRun(f"Nothing was run: {error}.") from None
 
 
 def _select(folder, only):
@@ -152,11 +185,7 @@ def _run_one(path, target, outcome, edition, ledger, scratch, timeout):
         executed = _execute(notebook, parameters, path.parent, environment, progress, timeout)
         if solved and [_printed(cell) for cell, _ in solve.cells(executed)] != verdicts:
             raise NotebookError("an exercise is not solved by its solution.")
-        if records.exists():
-            from course_utils import ledger as ledgers
-
-            ledgers.merge(records, ledger)
-        files.write_text(target, to_text(executed))
+        _store(executed, target, records, ledger)
         outcome.verdict = "ok"
     except Exception as error:  # whatever it is, the other notebooks still run
         outcome.verdict = f"FAILED {progress.where}".rstrip()
@@ -166,9 +195,27 @@ def _run_one(path, target, outcome, edition, ledger, scratch, timeout):
         outcome.seconds = time.perf_counter() - started
 
 
+def _store(notebook, target, records, ledger):
+    """Replace the notebook and its records in the ledger: both, or where there is no room for one of them, neither."""
+    try:
+        with files.replacing(target) as partial:
+            partial.write_text(to_text(notebook), encoding="utf-8")
+            if records.exists():
+                ledgers.merge(records, ledger)
+    except (OSError, ledgers.LedgerError) as error:
+        raise NotebookError(f"its results cannot be written ({error}); notebook and ledger are as they were.") from None
+
+
 def _load(path, fast):
-    """Return the notebook and its papermill parameters; raise `NotebookError` when its fast values fit no parameter."""
-    notebook = nbformat.read(path, as_version=4)
+    """Return the notebook and its papermill parameters.
+
+    Raises `NotebookError` for a file that is no notebook, and when its fast values fit no parameter.
+    """
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except ValueError as error:
+        first_line = str(error).partition("\n")[0][:100]
+        raise NotebookError(f"{path.name} is no notebook ({first_line}): restore it with git.") from None
     notebook.metadata["kernelspec"] = nbformat.from_dict(KERNELSPEC)
     # Left behind when somebody ran papermill by hand; this run brings its own, or none.
     notebook.cells = [cell for cell in notebook.cells if not _injected(cell)]
@@ -191,6 +238,8 @@ def _injected(cell):
 
 def _environment(scratch, mode, records, base):
     environment = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # pictures stay inline
+    if not files.is_writable(os.path.expanduser("~")):  # Matplotlib would say so in the first picture's outputs
+        environment.setdefault("MPLCONFIGDIR", str(scratch / "matplotlib"))
     return environment | {
         "COURSE_RUN": mode,
         "COURSE_LEDGER": str(records),
@@ -227,7 +276,9 @@ def _execute(notebook, parameters, folder, environment, progress, timeout):
         )
     except PapermillExecutionError as error:
         details = str(error).partition('":\n')[2].strip()
-        raise NotebookError(f"{progress.where}: {error.ename}: {error.evalue}\n\n{details}") from None
+        memory = OUT_OF_MEMORY.search(f"{error.ename}: {error.evalue}")
+        advice = "\nMemory ran out: close other programs, or take smaller numbers (FAST=1)." if memory else ""
+        raise NotebookError(f"{progress.where}: {error.ename}: {error.evalue}{advice}\n\n{details}") from None
     except CellTimeoutError:
         raise NotebookError(f"{progress.where}: TimeoutError: it ran for more than {timeout} s.") from None
     except (DeadKernelError, RuntimeError) as error:
@@ -316,7 +367,7 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", default=[], metavar="NN", help="notebooks that begin with these, e.g. 03")
     options = parser.parse_args(arguments)
     code = run(only=options.only, fast=options.fast, solved=options.solved)
-    if code == 0 and not options.fast and not options.solved:
+    if code == 0 and not options.fast and not options.solved and files.is_writable(ROOT):
         from course_utils.tools import results
 
         results.write_readme()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from course_utils import cpu, data, files, measure, models
+from course_utils import cpu, data, files, measure, models, training
 from course_utils.tools import names_from_command_line
 
 
@@ -81,8 +81,8 @@ def train(name, recipe, *, progress=True):
     resume_file = files.data_dir() / f"checkpoints/{name}.resume.pt"
     done, seconds, state = 0, 0.0, None
     if resume_file.exists():
-        state = torch.load(resume_file, weights_only=True)
-        if state["recipe"] == asdict(recipe):
+        state = training.read_state(resume_file)
+        if state.get("recipe") == asdict(recipe):
             model.load_state_dict(state["model"])
             done, seconds = state["epochs_done"], state["seconds"]
             print(f"{name}: resuming after epoch {done}", flush=True)

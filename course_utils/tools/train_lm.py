@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from course_utils import char_lm, cpu, files, measure, models, text
+from course_utils import char_lm, cpu, files, measure, models, text, training
 
 NAME = "char_lm"
 SAVE_EVERY = 50  # steps
@@ -94,8 +94,8 @@ def _load(path, parts, recipe):
     """Fill `parts` from the resume file, if there is one of this recipe; return the steps and the seconds done."""
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
-    if state["recipe"] != asdict(recipe):
+    state = training.read_state(path)
+    if state.get("recipe") != asdict(recipe):
         return 0, 0.0
     for name, part in parts.items():
         part.load_state_dict(state[name])
