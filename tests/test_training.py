@@ -173,15 +173,20 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(some, tmp_path, ki
         assert torch.equal(ours, theirs)
 
 
-def test_the_file_of_another_training_is_refused(some, tmp_path):
-    path = tmp_path / "tuning.pt"
+def killed_training(images, path):
+    """Leave in `path` what a training that was killed at its step 3 of 5 had saved; return `path`."""
 
     def kill(step, model):
         if step == 3:
             raise Killed
 
     with pytest.raises(Killed):
-        training.finetune(tiny(), some, steps=5, resume=path, save_every=2, on_step=kill)
+        training.finetune(tiny(), images, steps=5, resume=path, save_every=2, on_step=kill)
+    return path
+
+
+def test_the_file_of_another_training_is_refused(some, tmp_path):
+    path = killed_training(some, tmp_path / "tuning.pt")
     with pytest.raises(ValueError, match=r"another training \(lr was 0.002, now 0.1\)"):
         training.finetune(tiny(), some, steps=5, lr=0.1, resume=path)
     with pytest.raises(ValueError, match=r"another training \(policy was None, now W4 .*\)"):
@@ -191,14 +196,7 @@ def test_the_file_of_another_training_is_refused(some, tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "a list", "a flipped bit"])
 def test_a_damaged_file_is_named_with_the_way_on_and_kept(some, tmp_path, damage):
-    path = tmp_path / "tuning.pt"
-
-    def kill(step, model):
-        if step == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        training.finetune(tiny(), some, steps=5, resume=path, save_every=2, on_step=kill)
+    path = killed_training(some, tmp_path / "tuning.pt")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     if damage == "a list":

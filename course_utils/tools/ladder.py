@@ -36,7 +36,7 @@ GRID = [
     for repairs, names in ((NEAREST, MODELS), (EQUALIZED, MODELS[1:]))
     for bits, granularity, clip, name in itertools.product(range(8, 1, -1), GRANULARITIES, CLIPS, names)
 ]
-# Complete at 2 bits, where AdaRound is all that holds; a run of `ladder` with a wider range measures the rest.
+# AdaRound on every line at 2 bits only, where little else holds.
 GRID += [
     (name, ADAROUND, (None, 8), Policy(weights=2, granularity=granularity, clip=clip))
     for granularity, clip, name in itertools.product(GRANULARITIES, CLIPS, MODELS)
