@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import statistics
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,16 +23,27 @@ def in_child(fn, *args, env=None):
     also for what a library reads when it is loaded, such as `OMP_NUM_THREADS`, or once, such as `ONEDNN_MAX_CPU_ISA`.
 
     Raises `ValueError` for a function that cannot be sent there, `MemoryError` when the process is killed on the way, and
-    whatever `fn` raises.
+    whatever `fn` raises. The process ends with this one, however that ends.
     """
     _check(fn, args)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
         with _environment(env or {}):
             future = pool.submit(fn, *args)  # the process starts here, with the environment as it is now
         try:
             return future.result()
         except BrokenProcessPool:
             raise MemoryError("the process was killed while it ran, most likely for want of memory") from None
+
+
+def _end_with_parent():
+    parent = multiprocessing.parent_process()
+
+    def wait():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check(fn, args):

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import psutil
 import pytest
@@ -39,6 +42,23 @@ def test_the_error_of_the_measured_function_comes_through():
 def test_a_killed_process_is_an_error_about_memory():
     with pytest.raises(MemoryError, match="killed"):
         child.peak_memory(die)
+
+
+def test_a_child_ends_with_a_parent_that_is_killed(tmp_path):
+    busy = f"import os, pathlib, time; pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(300)"
+    parent = subprocess.Popen([sys.executable, "-c", f"from course_utils import child; child.in_child(exec, {busy!r})"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline and parent.poll() is None
+        time.sleep(0.05)
+    process = psutil.Process(int((tmp_path / "pid").read_text()))
+    try:
+        parent.kill()
+        parent.wait()
+        process.wait(timeout=30)
+    finally:
+        if process.is_running():
+            process.kill()
 
 
 def test_a_function_that_a_fresh_process_cannot_import_is_refused(monkeypatch):
