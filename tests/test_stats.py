@@ -168,10 +168,19 @@ def test_rank_correlation_sees_the_order_alone():
     assert rank_correlation([1, 2, 3, 4], [9, 7, 5, -1]) == pytest.approx(-1)
     # Equal values share a rank: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4, worked out by hand.
     assert rank_correlation([5, 6, 6, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    # Two values are an order, too: ranks 1.5, 1.5, 3.5, 3.5 and 2, 2, 2, 4 against the same.
+    assert rank_correlation([0, 0, 1, 1], [1, 2, 3, 4]) == pytest.approx(4 / (4 * 5) ** 0.5)
+    assert rank_correlation([1, 2, 3, 4], [7, 7, 7, 8]) == pytest.approx(3 / (5 * 3) ** 0.5)
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "message"), [([1], [2], "at least 2"), ([1, 2], [1, 2, 3], "equal length"), ([1, 1], [1, 2], "constant")]
+    ("a", "b", "message"),
+    [
+        ([1], [2], "at least 2"),
+        ([1, 2], [1, 2, 3], "equal length"),
+        ([1, 1], [1, 2], "^a constant sample has no order to compare$"),
+        ([1, 2], [1, 1], "^a constant sample has no order to compare$"),
+    ],
 )
 def test_samples_without_an_order_are_refused(a, b, message):
     with pytest.raises(ValueError, match=message):
@@ -196,6 +205,13 @@ def test_runs_that_agree_leave_the_interval_of_the_items():
     mean, low, high = mean_over_runs(items.repeat(3, 1))
     half = 1.959964 * (items.double().var() / 4).sqrt().item()
     assert (mean, low, high) == pytest.approx((0.25, 0.25 - half, 0.25 + half), rel=1e-6)
+
+
+def test_two_runs_of_two_items_are_enough_and_may_be_whole_numbers():
+    # Means of the items 0.5 and 1, of the runs 0.5 and 1: each has the variance 1/8.
+    mean, low, high = mean_over_runs([[0, 1], [1, 1]])
+    half = 1.959964 * (1 / 16 + 1 / 16) ** 0.5
+    assert (mean, low, high) == pytest.approx((0.75, 0.75 - half, 0.75 + half), rel=1e-6)
 
 
 @pytest.mark.parametrize("table", [[[1.0, 2.0]], [[1.0], [2.0]], [1.0, 2.0]])
