@@ -16,15 +16,11 @@ NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDG
 # strict, or it passes over what the index says nothing about.
 AUDIT = PIP_AUDIT_LOGLEVEL=ERROR $(PY) -m uv tool run --quiet --isolated --python $(PY) --from "pip-audit>=2.9,<3" pip-audit \
 	--strict --disable-pip --no-deps --progress-spinner off
-# The token is made here, so that no configuration can leave it empty, and inside the process, so that no list of processes
-# shows it. Jupyter prints a token only when it made it itself.
-LAB = import secrets; from jupyterlab.labapp import main; token = secrets.token_hex(24); print("token:", token, flush=True); \
-	main(["notebooks", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=" + token])
 # torch and what only it brings stay out: its builds differ by machine.
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all solved test lint unit test-notebooks lab audit drift doctor train train-lowbit train-lm arms ladder results report compare lock matrix offline small clean always
+.PHONY: help setup run-all solved test lint unit test-notebooks lab badges needs binder colab audit drift doctor slides kit class sizing train train-lowbit train-lm arms ladder notebook exercise results report compare site lock matrix offline small clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -93,8 +89,23 @@ offline: $(INSTALLED) ## The fast run and the tests with the network cut, and no
 small: $(INSTALLED) ## The notebooks, fast, as on a small machine: one core, a limit of 2 GiB (Linux, as root); ONLY=03: one
 	@$(PY) -m course_utils.tools.small $(PY) -m course_utils.tools.run --fast $(if $(ONLY),--only $(ONLY))
 
-lab: $(INSTALLED) ## Open the course in JupyterLab
-	@$(PY) -c '$(LAB)'
+lab: $(INSTALLED) ## Open the course in JupyterLab; DIR=folder: a workspace that `python -m course_utils start folder` made
+	@$(PY) -m course_utils lab "$(or $(DIR),notebooks)"
+
+badges: $(INSTALLED) ## Write the links to Binder and Colab and the first cells; REPO=owner/name BRANCH=...: the course lives there now
+	@$(PY) -m course_utils.tools.badges $(if $(REPO),--repository "$(REPO)") $(if $(BRANCH),--branch "$(BRANCH)")
+
+needs: $(INSTALLED) ## Measure again what memory each notebook takes, which its first cell warns with; ONLY=03: one
+	@$(PY) -m course_utils.tools.needs $(if $(ONLY),--only $(ONLY))
+
+# A PYTHON that was found by itself is for .venv; one that was said is for the place that is rehearsed.
+REHEARSE = $(PY) -m course_utils.tools.rehearse $@ $(if $(findstring command,$(origin PYTHON)),--python "$(PYTHON)") $(if $(ONLY),--only $(ONLY))
+
+binder: $(INSTALLED) ## Build the course as Binder does, and run its notebooks there on smaller numbers, in 2 GiB; ONLY=00: one
+	@$(REHEARSE)
+
+colab: $(INSTALLED) ## Run the notebooks as on Colab: its packages, and what their first cell fetches; PYTHON=python3.12, ONLY=00: one
+	@$(REHEARSE)
 
 audit: $(INSTALLED) ## Look for known vulnerabilities of every pinned version (asks the network)
 	@code=0; for pins in requirements-engines.lock requirements-gguf.txt requirements-torch.txt; do \
@@ -103,8 +114,22 @@ audit: $(INSTALLED) ## Look for known vulnerabilities of every pinned version (a
 			"for PyPI, which knows the vulnerabilities of packages (a mirror of it may not)." >&2; exit 2;; esac; \
 	done; exit $$code
 
-doctor: $(INSTALLED) ## Say what this machine has for the course, and how to mend what is missing
-	@$(PY) -m course_utils.tools.doctor
+doctor: $(INSTALLED) ## Say what this machine has for the course, and how to mend what is missing; JSON=ada.json NAME=Ada: for a class
+	@$(PY) -m course_utils.tools.doctor $(if $(JSON),--json "$(JSON)") $(if $(NAME),--name "$(NAME)")
+
+slides: $(INSTALLED) ## Make slides of the notebooks, which need no network, into results/slides
+	@$(PY) -m course_utils.tools.slides
+
+# What was installed is what is packed: `make kit TORCH=cpu ENGINES=1` brings .venv there first.
+kit: $(INSTALLED) ## Pack the course and its packages into one archive for machines without a network; TORCH=cpu, ENGINES=1: as for setup
+	@$(PY) -m course_utils.tools.kit $(if $(findstring cpu,$(shell cat $(INSTALLED))),--torch=cpu) \
+		$(if $(findstring engines,$(shell cat $(INSTALLED))),--engines)
+
+class: $(INSTALLED) ## Lay laptops and progress that a class handed in side by side: FOLDER=..., into results/class.html
+	@$(PY) -m course_utils.tools.classroom "$(or $(FOLDER),results/class)"
+
+sizing: $(INSTALLED) ## Write the link and the table of docs/jupyterhub.md again, from pyproject.toml and data/needs.json
+	@$(PY) -m course_utils.tools.sizing
 
 train: $(INSTALLED) ## Train the course's models again from the committed data (up to an hour; resumes after a stop)
 	@$(PY) -m course_utils.tools.train
@@ -121,7 +146,13 @@ arms: $(INSTALLED) ## Train the arms of notebook 03 again (an hour; resumes afte
 ladder: $(INSTALLED) ## Measure every rung of the ladder in notebook 02 again (an hour or more; resumes after a stop)
 	@$(PY) -m course_utils.tools.ladder
 
-results: $(INSTALLED) ## Write the results table of README.md again, from the ledger
+notebook: $(INSTALLED) ## Start a notebook from the template: NAME=07_noise (docs/add-a-notebook.md)
+	@$(PY) -m course_utils.tools.new notebook "$(NAME)"
+
+exercise: $(INSTALLED) ## Put a new exercise into its notebook: ID=sqnr (docs/add-an-exercise.md)
+	@$(PY) -m course_utils.tools.new exercise "$(ID)"
+
+results: $(INSTALLED) ## Write the results again, from what was measured: README.md, docs/engines.md, docs/ladder.png
 	@$(PY) -m course_utils.tools.results
 
 report: $(INSTALLED) ## Measure this machine on every engine it has, into results/report; FAST=1: only a first look
@@ -129,6 +160,9 @@ report: $(INSTALLED) ## Measure this machine on every engine it has, into result
 
 compare: $(INSTALLED) ## Lay your report beside the course's and those in results/reports, or others: REPORTS="a.json b.json"
 	@$(PY) -m course_utils.tools.compare $(REPORTS)
+
+site: $(INSTALLED) ## Build the web edition from the committed outputs, into results/site
+	@$(PY) -m course_utils.tools.site
 
 lock: $(INSTALLED) ## Write the lock files again from pyproject.toml; UPGRADE=1: with the newest versions
 	@$(COMPILE) --extra engines --output-file requirements-engines.lock

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 
 CORES = Path("/sys/devices/system/cpu")
+GROUPS = Path("/sys/fs/cgroup")
 
 # Flag (as /proc/cpuinfo spells it) → what it means for INT8. The rest of the course names the flags that a machine has.
 ISA_FLAGS = {
@@ -119,13 +120,19 @@ def _after_cell(_result):
 
 
 def _container_limit():
-    # Binder and CI containers see the host's memory; their own limit is in the cgroup (version 2, then version 1).
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(path).read_text())
-        except (OSError, ValueError):  # absent, or the word "max"
-            continue
-    return None
+    # Binder and CI containers see the host's memory; their own limit is that of a control group they are in, or of one above it
+    # (version 2, then version 1).
+    own, limits = {}, []
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            own[controllers] = path.strip("/")
+    for controller, name in (("", "memory.max"), ("memory", "memory.limit_in_bytes")):
+        group = GROUPS / controller / own.get(controller, "")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # absent, or the word "max"
+                limits.append(int((folder / name).read_text()))
+    return min(limits, default=None)
 
 
 def _cpuinfo(*keys):

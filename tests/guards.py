@@ -1,5 +1,6 @@
 """What must hold of a committed notebook and nbval does not look at; each guard returns its complaints, best none."""
 
+import ast
 import copy
 import re
 from html.parser import HTMLParser
@@ -87,6 +88,16 @@ def reasons_given(notebook, path):
             yield f"cell {number} is not compared, but has no tag out of {sorted(REASONS)}"
 
 
+def claims_compared(notebook, path):
+    """What must hold anywhere is compared: in a cell that nbval passes over, nobody would see it refuted."""
+    for number, cell in enumerate(_code(notebook), start=1):
+        if NOT_COMPARED & set(cell.metadata.get("tags", ())):
+            calls = [node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Call)]
+            named = [call for call in calls if ast.unparse(call.func).split(".")[-1] == "claim"]
+            if any("anywhere" not in {keyword.arg for keyword in call.keywords} for call in named):
+                yield f"cell {number} is not compared, and claims what must hold anywhere: give the claim a cell of its own"
+
+
 def pictures_present(notebook, path):
     """As many pictures as the metadata (`course.pictures`) promise: nbval compares none."""
     found = sum("image/png" in output.get("data", ()) for cell in _code(notebook) for output in cell.outputs)
@@ -133,6 +144,7 @@ GUARDS = (
     small,
     one_title,
     reasons_given,
+    claims_compared,
     pictures_present,
     fast_values_fit,
     runs_no_script,

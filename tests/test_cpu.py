@@ -1,8 +1,11 @@
 """The processor's facts, read from /proc/cpuinfo as x86 and ARM write it, and guessed elsewhere."""
 
+import sys
+
 import pytest
 
 from course_utils import cpu
+from course_utils.tools import small
 
 X86 = "processor\t: 0\nmodel name\t: A Xeon\nflags\t\t: fpu avx2 avx512f avx512_vnni\n\nprocessor\t: 1\n"
 ARM = "processor\t: 0\nBogoMIPS\t: 48.00\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
@@ -102,3 +105,13 @@ def test_memory_is_trimmed_after_each_cell_of_a_notebook_and_once_however_often_
 def test_bf16_arithmetic_is_told_by_the_flags(flags, expected, monkeypatch):
     monkeypatch.setattr(cpu, "flags", lambda: flags)
     assert cpu.has_bf16() == expected
+
+
+def test_the_limit_of_a_group_of_ours_counts():
+    try:
+        with small.limited():
+            pass
+    except OSError as error:
+        pytest.skip(f"no control group can be made here: {error}")
+    code = "import sys; from course_utils import cpu; sys.exit(int(10 * cpu.memory_gib()))"
+    assert small.main([sys.executable, "-c", code]) == 10 * small.LIMIT // 2**30

@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -91,6 +92,25 @@ def test_conda_and_binder_install_the_same_files():
     installs = [line for line in (ROOT / "postBuild").read_text().splitlines() if " install " in line]
     assert [line.partition(" install ")[2].split()[-2:] for line in installs] == [["-r", TORCH], ["-e", "."]]
     assert " --no-deps -e" in installs[1], "nothing beside the lock may come in with the course"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Binder is a Linux, and this makes a program of a shell script")
+def test_on_binder_nobody_is_asked_whether_they_want_news(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$1" != -c ] || echo "{tmp_path}/the prefix"\n')
+    python.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    subprocess.run(["bash", "postBuild"], cwd=ROOT, env=environment() | {"PATH": path}, check=True)
+    copied = tmp_path / "the prefix" / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
+    assert copied.read_bytes() == (ROOT / "course_utils" / "jupyterlab" / "overrides.json").read_bytes()
+
+
+def test_the_commands_without_make_are_those_of_setup(bare):
+    installs = re.compile(r"-m pip install (?:-qq --disable-pip-version-check )?(.+)$", re.M)
+    made = installs.findall(make("-n", "setup", cwd=bare).stdout)
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```powershell\n(.*?)```", page, re.S)
+    assert installs.findall(block) == made and "-m course_utils lab" in block
 
 
 def environment():
@@ -228,8 +248,14 @@ def test_there_are_workflows():
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_workflows_may_read_only_and_know_no_secret(path):
     text = path.read_text()
-    assert re.search(r"^permissions:\n  contents: read\n", text, re.M) and text.count("permissions:") == 1
-    assert ": write" not in text and "secrets" not in text and "pull_request_target" not in text
+    assert "secrets" not in text and "pull_request_target" not in text
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        more = job.get("permissions", {})  # to publish the pages, to a job that runs nothing but GitHub's own action
+        assert not more or (
+            more == {"pages": "write", "id-token": "write"} and not any("run" in s for s in job["steps"])
+        )
     used = re.findall(r"uses: (\S+)", text)
     assert used and all(re.fullmatch(r"actions/[\w/-]+@v\d+", action) for action in used)
 

@@ -154,6 +154,11 @@ def plant_silence(notebook):
     notebook.cells[2].metadata["tags"] = ["nbval-ignore-output"]
 
 
+def hide_claim(notebook):
+    notebook.cells[3].source = 'ledger.claim("it holds", True)\nledger.claim("here, too", True, anywhere=False)'
+    notebook.cells[3].metadata["tags"] = ["nbval-ignore-output", "times-things"]
+
+
 def plant_picture(notebook):
     data = {"image/png": base64.b64encode(b"png").decode()}
     notebook.cells[2].outputs.append(new_output("display_data", data))
@@ -267,6 +272,7 @@ def planted(committed, tmp_path, fault):
         (plant_size, "small"),
         (plant_second_title, "one_title"),
         (plant_silence, "reasons_given"),
+        (hide_claim, "claims_compared"),
         (plant_picture, "pictures_present"),
         (delete_picture, "pictures_present"),
         (plant_stale_fast_value, "fast_values_fit"),

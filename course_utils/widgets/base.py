@@ -106,9 +106,11 @@ class Explorer:
         return figure
 
     def _repr_mimebundle_(self, **options):
-        # The box's own plain text would be a beginning of the picture's bytes.
-        plain = {"text/plain": f"{type(self).__name__}: live in a notebook that runs; its still version follows."}
-        return self.widget._repr_mimebundle_(**options) | plain
+        # Not the box's own bundle: its plain text would be a beginning of the picture's bytes, and in ipywidgets 7, which Colab
+        # has, it has none.
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.widget.model_id}
+        plain = f"{type(self).__name__}: live in a notebook that runs; its still version follows."
+        return {"application/vnd.jupyter.widget-view+json": view, "text/plain": plain}
 
 
 def paragraph(text):
