@@ -19,7 +19,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 EXTRAS = PROJECT["optional-dependencies"]
 LOCK, ENGINES_LOCK, TORCH = "requirements.lock", "requirements-engines.lock", "requirements-torch.txt"
-VERBS = "setup run-all test lab audit drift doctor train results report compare clean help lint lock".split()
+VERBS = (
+    "setup run-all test lab audit drift doctor train results report compare site kit class clean help lint lock".split()
+)
 
 
 def pins(name):

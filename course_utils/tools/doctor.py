@@ -1,15 +1,18 @@
 """Say what this machine has for the course and how to mend what is missing: `make doctor`.
 
-The output names no paths and no users: it is meant to be pasted into a report.
+The output names no paths and no users: it is meant to be pasted into a report. `make doctor JSON=ada.json NAME=Ada` keeps it
+in a file besides, for a teacher who collects those of a class (`make class`); the name is whatever the learner likes.
 """
 
+import argparse
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from course_utils import cpu, files
@@ -24,6 +27,7 @@ except ModuleNotFoundError as error:  # the commonest trouble of all: this is no
     sys.exit(f"FAIL  Python {platform.python_version()} has no {error.name}  → run `make setup`, then `make doctor`")
 
 PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
+RECORD = 1  # version of what --json writes
 SETUP = "run `make setup`"
 LOW_MEMORY_GIB = 2  # what a Binder session has; every notebook stays under 1.5
 ENGINES = {
@@ -262,15 +266,56 @@ def _without_paths(text):
     return text
 
 
-def main():
-    """Print the findings; return 1 if any is FAIL, else 0."""
-    failed = 0
-    for finding in examine():
-        failed += finding.status == "FAIL"
-        print(finding, flush=True)
+def record(findings, name):
+    """Return the findings as a dict that JSON can hold, with the facts by which the machines of a class are compared."""
+    flags = cpu.flags()
+    return {
+        "doctor": RECORD,
+        "name": name,
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "python": platform.python_version(),
+            "cpu": cpu.name(),
+            "cores": cpu.cores(),
+            "memory_gib": cpu.memory_gib(),
+            "isa": [flag for flag in cpu.ISA_FLAGS if flag in flags],
+            "engine": _default_engine(),
+        },
+        "findings": [asdict(finding) for finding in findings],
+    }
+
+
+def _default_engine():
+    if _version("torch") is None or _import_error("torch"):
+        return None
+    from course_utils import backends
+
+    try:
+        return backends.default_engine()
+    except RuntimeError:
+        return None
+
+
+def main(arguments=()):
+    """Print the findings, and keep them where the arguments say; return 1 if any is FAIL, else 0."""
+    parser = argparse.ArgumentParser(prog="python -m course_utils.tools.doctor", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the findings in this file, too")
+    parser.add_argument("--name", help="what to call this machine in it; the name of the file if left out")
+    options = parser.parse_args(arguments)
+    findings = examine()
+    failed = sum(finding.status == "FAIL" for finding in findings)
+    print(*findings, sep="\n")
     print(f"\n{failed} to mend." if failed else "\nReady.")
+    if options.json:
+        try:
+            kept = record(findings, options.name or options.json.stem)
+            files.write_text(options.json, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        except OSError as error:
+            print(f"Not kept: {options.json} cannot be written ({error.strerror}).", file=sys.stderr)
+            return 2
+        print(f"Kept in {options.json}, for your teacher.")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
