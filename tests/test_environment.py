@@ -126,6 +126,7 @@ def environment():
         "PYTHON",
         "VENV",
         "MAKEFLAGS",
+        "MAKELEVEL",
         "MAKEOVERRIDES",
         "MFLAGS",
     }
