@@ -5,6 +5,7 @@ It needs playwright (in the `test` extra) and a Chromium of the system, none is 
 COURSE_BROWSER=1 is set, as CI does, it fails instead. COURSE_SCREENSHOTS=folder keeps a picture of the page in each theme.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -50,8 +51,9 @@ CONTRAST = """text => {
 }"""
 
 
-@pytest.fixture
-def browser():
+@contextlib.contextmanager
+def chromium():
+    """Yield the Chromium of this machine; without one the test is skipped, or fails where a browser is demanded."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -63,6 +65,12 @@ def browser():
         browser = playwright.chromium.launch(executable_path=path)
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def browser():
+    with chromium() as browser:
+        yield browser
 
 
 def absent(reason):

@@ -8,7 +8,6 @@ import http.server
 import inspect
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -20,7 +19,7 @@ from bs4 import BeautifulSoup
 
 from course_utils import exercises
 from course_utils.tools import badges, site
-from tests.test_browser import BROWSERS, absent
+from tests.test_browser import chromium
 from tests.test_house import PUBLIC
 from tests.toys import ROOT
 
@@ -79,17 +78,8 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent("playwright is not installed: pip install playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        absent("there is no Chromium here; on Debian and Ubuntu: apt-get install chromium fonts-dejavu-core")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 def words(text):

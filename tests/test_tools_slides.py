@@ -4,9 +4,7 @@ What a browser must show needs playwright and a Chromium of the system, as in te
 """
 
 import importlib.metadata
-import os
 import re
-import shutil
 
 import nbformat
 import pytest
@@ -14,9 +12,9 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from course_utils import exercises
 from course_utils.tools import slides
+from tests.test_browser import chromium
 from tests.toys import ROOT
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 # Of each slide: what is on it, and how far down it reaches, in pixels of a slide; what is folded or scrolls counts as closed.
 SEEN = """() => Reveal.getSlides().map(slide => {
@@ -45,16 +43,8 @@ def pages(tmp_path_factory):
 @pytest.fixture(scope="module")
 def visited(pages):
     """What a browser saw: name of the notebook → its slides; and the addresses that were asked for."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        absent("playwright is not installed: pip install playwright")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        absent("there is no Chromium here; on Debian and Ubuntu: apt-get install chromium fonts-dejavu-core")
     asked, seen, moved = [], {}, []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path)
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 720})
         page.on("request", lambda request: asked.append(request.url))
         for name, file in pages.items():
@@ -67,12 +57,7 @@ def visited(pages):
                     after = page.evaluate("Reveal.getIndices()")
                     moved.append((key, after["h"] - before["h"], after["v"] - before["v"]))
             seen[name] = page.evaluate(SEEN)
-        browser.close()
     return seen, asked, moved
-
-
-def absent(reason):
-    (pytest.fail if os.environ.get("COURSE_BROWSER") == "1" else pytest.skip)(reason)
 
 
 def ran(source, text=None, **kinds):
