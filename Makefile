@@ -20,7 +20,7 @@ AUDIT = PIP_AUDIT_LOGLEVEL=ERROR $(PY) -m uv tool run --quiet --isolated --pytho
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all solved test lint unit test-notebooks lab badges needs binder colab audit drift doctor slides kit class sizing train train-lowbit train-lm arms ladder notebook exercise results report compare site lock matrix offline small clean always
+.PHONY: help setup run-all solved test lint unit test-notebooks lab badges needs binder colab audit mutants drift doctor slides kit class sizing train train-lowbit train-lm arms ladder notebook exercise results report compare site lock matrix offline small clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -71,6 +71,10 @@ leg-oldest leg-newest: leg-%: always
 
 # The environment is kept, but brought up to date. The record beside the report tells what the notebooks were last good with.
 DRIFT := $(if $(filter nightly,$(TORCH)),nightly,newest)
+
+mutants: $(INSTALLED) ## Change the code in small ways: do the tests notice? ONLY=stats: one file, SAMPLE=0: every change (hours)
+	@test -d results/mutmut || $(PIP) --target results/mutmut "mutmut>=3.8,<4"
+	@PYTHONPATH="$(CURDIR)/results/mutmut" $(PY) -m course_utils.tools.mutants $(ONLY) $(if $(SAMPLE),--sample $(SAMPLE)) --workers $(WORKERS)
 
 drift: always ## Which notebooks broke on the newest releases, why and since which versions; TORCH=nightly: on torch's nightly build (an hour)
 	@mkdir -p results/drift && rm -f .venv-$(DRIFT)/.installed results/drift/$(DRIFT).xml results/drift/$(DRIFT).md

@@ -174,30 +174,56 @@ def quantize_activations(model, policy, calibration):
     Each layer gets its quantizer as a submodule `input_quantizer`, which acts before the layer's own forward.
     Raises `ValueError` for a missing or empty calibration set, and for a model whose activations are quantized already.
     """
-    model = copy.deepcopy(model).eval()
-    if any(isinstance(module, FakeQuantize) for module in model.modules()):
-        raise ValueError("the activations of this model are quantized already: start from the one without")
-    chosen = {name: bits for name, (_, bits) in policy.bits(model).items() if bits is not None}
-    seen = {name: OBSERVERS[policy.observer]() for name in chosen}
+    ranges = Calibration(model, policy)
+    ranges.observe(calibration or ())
+    return ranges.quantized()
 
-    def observe(name):
-        def hook(layer, args):
-            seen[name].observe(args[0])
 
-        return weights.layers(model)[name].register_forward_pre_hook(hook)
+class Calibration:
+    """Observes what goes into the layers of `model` that `policy` quantizes; ask for `quantized()` after any number of images.
 
-    hooks = [observe(name) for name in chosen]
-    images = None
-    with torch.no_grad():
-        for images in inputs(calibration or ()):
-            model(images)
-    for hook in hooks:
-        hook.remove()
-    if images is None:
-        raise ValueError(f"the calibration set is empty: {policy} needs real images to choose activation ranges by")
-    for name, bits in chosen.items():
-        set_input_quantizer(weights.layers(model)[name], FakeQuantize(seen[name].qparams(bits=bits)))
-    return model
+    `quantize_activations` in two steps, for a model that is to be judged after 1, 4, 16, … images without seeing any twice.
+    Raises `ValueError` for a model whose activations are quantized already.
+    """
+
+    def __init__(self, model, policy):
+        self.model, self.policy = copy.deepcopy(model).eval(), policy
+        if any(isinstance(module, FakeQuantize) for module in model.modules()):
+            raise ValueError("the activations of this model are quantized already: start from the one without")
+        self.bits = {name: bits for name, (_, bits) in policy.bits(model).items() if bits is not None}
+        self.seen = {name: OBSERVERS[policy.observer]() for name in self.bits}
+        self.images = 0
+
+    @torch.no_grad()
+    def observe(self, batches):
+        """Let the images of `batches`, whose items are images or `(images, labels)`, widen the ranges."""
+
+        def hook(name):
+            def observe(layer, args):
+                self.seen[name].observe(args[0])
+
+            return observe
+
+        layers = weights.layers(self.model)
+        hooks = [layers[name].register_forward_pre_hook(hook(name)) for name in self.bits]
+        try:
+            for images in inputs(batches):
+                self.model(images)
+                self.images += len(images)
+        finally:
+            for each in hooks:
+                each.remove()
+
+    def quantized(self):
+        """Return a copy of the model that rounds within the ranges so far; raises `ValueError` before the first image."""
+        if not self.images:
+            raise ValueError(
+                f"the calibration set is empty: {self.policy} needs real images to choose activation ranges by"
+            )
+        model = copy.deepcopy(self.model)
+        for name, bits in self.bits.items():
+            set_input_quantizer(weights.layers(model)[name], FakeQuantize(self.seen[name].qparams(bits=bits)))
+        return model
 
 
 def set_input_quantizer(layer, quantizer):

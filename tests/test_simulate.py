@@ -231,3 +231,22 @@ def test_activations_are_quantized_once(resnet18, calibration):
     quantized = simulate.quantize(resnet18, Policy(4, 4), calibration)
     with pytest.raises(ValueError, match="quantized already: start from the one without"):
         simulate.quantize_activations(quantized, Policy(4, 4), calibration)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "mse"])
+def test_a_calibration_goes_on_where_it_was(resnet18, images, observer):
+    policy = Policy(8, 8, observer=observer)
+    rounded = simulate.quantize_weights(simulate.prepare(resnet18, policy), policy)
+    ranges = simulate.Calibration(rounded, policy)
+    with pytest.raises(ValueError, match="the calibration set is empty: W8 .* needs real images"):
+        ranges.quantized()
+    parts = images[:6].split([2, 4])
+    for seen in (1, 2):
+        ranges.observe([parts[seen - 1]])
+        expected = simulate.quantize_activations(rounded, policy, parts[:seen])
+        for name, layer in weights.layers(ranges.quantized()).items():
+            assert layer.input_quantizer.qparams() == weights.layers(expected)[name].input_quantizer.qparams(), name
+    assert ranges.images == 6
+    assert not any(layer._forward_pre_hooks for layer in weights.layers(rounded).values()), (
+        "the given model is untouched"
+    )

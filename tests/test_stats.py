@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from course_utils.stats import Proportion, bootstrap_ratio, mcnemar, mean_over_runs, paired_difference, rank_correlation
+from course_utils.stats import (
+    Proportion,
+    _half_at_least,
+    bootstrap_ratio,
+    mcnemar,
+    mean_over_runs,
+    paired_difference,
+    rank_correlation,
+)
 
 quick = settings(max_examples=100)
 
@@ -87,6 +95,17 @@ def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
     assert 0.92 <= covered / runs <= 0.98
 
 
+@pytest.mark.parametrize("fixed, broke, n", [(20, 5, 100), (5, 20, 100), (30, 0, 40), (1, 2, 3)])
+def test_the_paired_interval_is_that_of_a_mean_of_signs(fixed, broke, n):
+    # Every image is worth +1, -1 or 0, and half an image more of each of the four kinds has been seen.
+    signs = {1: fixed + 0.5, -1: broke + 0.5, 0: n - fixed - broke + 1}
+    seen = sum(signs.values())
+    mean = sum(sign * count for sign, count in signs.items()) / seen
+    deviation = math.sqrt(sum(count * (sign - mean) ** 2 for sign, count in signs.items()) / seen)
+    expected = (mean - 1.959964 * deviation / math.sqrt(seen), mean + 1.959964 * deviation / math.sqrt(seen))
+    assert paired_difference(fixed, broke, n) == pytest.approx(((fixed - broke) / n, *expected), abs=1e-7)
+
+
 def test_a_sample_against_itself_is_exactly_one():
     times = [3.0, 1.0, 2.0, 5.0, 4.0]
     assert bootstrap_ratio(times, times) == (1.0, 1.0, 1.0)
@@ -127,6 +146,13 @@ def test_the_ends_are_those_that_resampling_comes_to(n, confidence):
     # It is the last ratio that leaves no more outside than the tail.
     assert below(low) < tail + 0.003 and below(inside) > tail - 0.003
     assert ratio == ratios[n // 2] and ratios.index(low) == n - 1 - ratios.index(high)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.75])
+def test_the_chance_of_at_least_half_is_binomial(n, p):
+    expected = sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1) if 2 * k >= n)
+    assert _half_at_least(n, p) == pytest.approx(expected, rel=1e-12)
 
 
 def test_drift_over_the_rounds_does_not_widen_the_interval():

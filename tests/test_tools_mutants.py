@@ -1,0 +1,84 @@
+"""`make mutants`: what is copied and drawn, what counts, and which survivors are excused."""
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from course_utils.tools import mutants
+from course_utils.tools.mutants import Mutant
+from tests.toys import ROOT
+
+NAME = "course_utils.stats.x_mcnemar__mutmut_{}"
+
+
+def test_every_file_and_its_tests_are_there():
+    for file, tests in mutants.FILES.items():
+        assert (ROOT / f"course_utils/{file}.py").exists()
+        assert all((ROOT / f"tests/test_{name}.py").exists() for name in tests), file
+
+
+def test_a_change_belongs_to_its_file():
+    assert Mutant(NAME.format(1), "killed").file == "stats"
+    assert Mutant("course_utils.int4.x_pack__mutmut_3", "killed").file == "int4"
+    assert Mutant("course_utils.integer.xǁIntegerModelǁrun__mutmut_1", "killed").file == "integer"
+    assert Mutant("course_utils.rounding.awq.x_awq__mutmut_1", "killed").file == "rounding/awq"
+
+
+def test_a_sample_is_drawn_from_each_file_and_always_the_same():
+    some = [Mutant(NAME.format(i), "not checked") for i in range(50)]
+    some += [Mutant(f"course_utils.affine.x_scale__mutmut_{i}", "not checked") for i in range(3)]
+    drawn = mutants.drawn(some, 5)
+    assert [sum(m.file == file for m in drawn) for file in ("stats", "affine")] == [5, 3]
+    assert drawn == mutants.drawn(some, 5) and mutants.drawn(some, 0) == some
+    assert {m.name for m in drawn} != {m.name for m in some[:5] + some[50:]}, "not simply the first ones"
+
+
+def test_the_summary_counts_what_was_noticed_and_leaves_out_what_makes_no_difference():
+    verdicts = ["killed"] * 6 + ["timeout", "survived", "survived", "no tests"]
+    tried = [Mutant(NAME.format(i), verdict) for i, verdict in enumerate(verdicts)]
+    table, share = mutants.summary(tried, {tried[7].name})
+    assert (share.successes, share.n) == (7, 9)
+    assert table.rows == [["stats.py", "10", "7", "1", str(share)]]
+
+
+def test_a_survivor_may_if_the_list_has_its_function_and_its_very_change():
+    known = [{"function": "course_utils.stats.x_mcnemar", "change": "- a\n+ b", "why": "it is the same"}]
+    assert mutants.excused(known, Mutant(NAME.format(7), "survived"), "- a\n+ b") == "it is the same"
+    assert mutants.excused(known, Mutant(NAME.format(7), "survived"), "- a\n+ c") is None
+    assert mutants.excused(known, Mutant("course_utils.stats.x_other__mutmut_7", "survived"), "- a\n+ b") is None
+
+
+def test_every_listed_survivor_says_why_and_its_line_is_still_there():
+    for each in tomllib.loads((ROOT / mutants.KNOWN).read_text(encoding="utf-8"))["survivor"]:
+        assert set(each) == {"function", "change", "why"} and len(each["why"]) > 10
+        file = Mutant(f"{each['function']}__mutmut_1", "survived").file
+        lines = {line.strip() for line in (ROOT / f"course_utils/{file}.py").read_text(encoding="utf-8").splitlines()}
+        old = [line[2:] for line in each["change"].splitlines() if line.startswith("- ")]
+        assert old and set(old) <= lines, f"{each['function']} has changed: look whether this is still true"
+
+
+def test_an_unknown_file_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        mutants.main(["nonsense"])
+    assert "unknown: nonsense; there are: affine, " in capsys.readouterr().err
+
+
+def test_the_copy_has_what_git_knows_and_is_told_what_to_change(tmp_path):
+    mutants.copy(tmp_path)
+    mutants.configure(tmp_path, ["int4", "rounding/awq"])
+    for name in ("course_utils/stats.py", "data/manifest.json", "notebooks/00_start_here.ipynb", "tests/conftest.py"):
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not (tmp_path / ".venv").exists() and not (tmp_path / "results").exists()
+    said = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
+    assert said["only_mutate"] == ["course_utils/int4.py", "course_utils/rounding/awq.py"]
+    assert said["pytest_add_cli_args_test_selection"] == ["tests/test_int4.py", "tests/test_rounding.py"]
+
+
+def test_without_mutmut_it_says_so(tmp_path):
+    command = [sys.executable, "-c", "from course_utils.tools import mutants; mutants.mutmut('.', 'results')"]
+    run = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={"PATH": "", "PYTHONPATH": str(ROOT)}
+    )
+    assert run.returncode and "MutantsError: mutmut results failed:" in run.stderr
