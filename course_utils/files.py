@@ -139,6 +139,58 @@ def write_text(path, text):
         partial.write_text(text, encoding="utf-8")
 
 
+def save_tensors(path, tensors, facts):
+    """Write `tensors` and what is known about them to one safetensors file, with a checksum of both; return the bytes written.
+
+    tensors: name → tensor. facts: a dict that JSON can hold. No code is stored.
+    """
+    from safetensors.torch import save_file
+
+    # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
+    metadata = {"course": json.dumps(facts | {"sha256": _checksum(facts, tensors)})}
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
+        return partial.stat().st_size
+
+
+def load_tensors(path, *, remedy):
+    """Return `(facts, tensors)` that `save_tensors` wrote, the former still with its checksum; no code is run.
+
+    facts is `{}` where somebody else wrote the file. Raises `FileNotFoundError`, and `ValueError`, which ends with `remedy`,
+    for a file that is truncated or not of this kind.
+    """
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {}).get("course", "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # safetensors raises its own type, and JSON that nests too deep a RecursionError
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): {remedy}") from None
+    return facts if isinstance(facts, dict) else {}, tensors
+
+
+def check_tensors(path, facts, tensors, *, remedy):
+    """Raise `ValueError` unless the checksum in `facts`, which is taken out of them, is that of facts and tensors."""
+    if facts.pop("sha256", None) != _checksum(facts, tensors):
+        raise ValueError(
+            f"{path} is damaged: its contents differ from the checksum written with them. Copy it again from where it came, "
+            f"or {remedy}"
+        )
+
+
+def _checksum(facts, tensors):
+    import torch
+
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # numpy lacks some of torch's types
+    return digest.hexdigest()
+
+
 def is_writable(folder):
     """Return whether `folder` is there and takes files: one of a read-only checkout does not, whoever asks."""
     return os.path.isdir(folder) and os.access(folder, os.W_OK)

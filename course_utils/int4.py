@@ -1,7 +1,5 @@
 """Fewer than 8 bits for real: integers packed without gaps, and files whose size can be computed by hand."""
 
-import json
-
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -9,8 +7,8 @@ from torch.overrides import TorchFunctionMode
 from . import affine, files, models, simulate, weights
 from .rounding.awq import InputScale, scale_input
 
-FORMAT = "squeeze-packed-3"
-EARLIER = ("squeeze-packed-2",)  # without scaled inputs
+FORMAT = "squeeze-packed-4"
+EARLIER = ("squeeze-packed-2", "squeeze-packed-3")  # without a checksum, the first without scaled inputs too
 
 
 def pack(q, bits=4):
@@ -93,8 +91,6 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
 
     The model must be one of `course_utils.models`: its architecture is stored by name. Raises `ValueError` for others.
     """
-    from safetensors.torch import save_file
-
     architecture = models.architecture(model)
     found = weights.layers(model)
     chosen = {name: (layer, layer.weight_qparams) for name, layer in found.items() if hasattr(layer, "weight_qparams")}
@@ -129,34 +125,23 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     }
     folded = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     layout = {"architecture": architecture, "folded": folded, "layers": layers, "inputs": inputs, "scaled": scaled}
-    with files.replacing(path) as partial:
-        save_file(tensors, partial, metadata={"course": json.dumps({"format": FORMAT, **layout})})
-        return partial.stat().st_size
+    return files.save_tensors(path, tensors, {"format": FORMAT, **layout})
 
 
 def load_packed(path):
     """Return the model stored by `save_packed`, in evaluation mode: its weights are unpacked to float32 once.
 
-    Raises `FileNotFoundError`, and `ValueError` when the file is not of that format, or damaged. What it says about sizes is
-    held against what it holds before memory is taken for them.
+    Raises `FileNotFoundError`, and `ValueError` when the file is not of that format, or a byte of it has changed. What it says
+    about sizes is held against what it holds before memory is taken for them.
     """
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            layout = json.loads((file.metadata() or {}).get("course", "{}"))
-            state = {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # safetensors raises its own type, and JSON that nests too deep a RecursionError
-        raise ValueError(
-            f"{path} is not a readable safetensors file ({error}): write it again with save_packed"
-        ) from None
-    found = layout.get("format") if isinstance(layout, dict) else None
+    layout, state = files.load_tensors(path, remedy="write it again with save_packed")
+    found = layout.get("format")
     if found not in (FORMAT, *EARLIER):
         raise ValueError(
             f"{path} was not written by this save_packed (format {found!r}, expected {FORMAT!r}): write it again"
         )
+    if found not in EARLIER:
+        files.check_tensors(path, layout, state, remedy="write it again with save_packed")
     try:
         return _rebuild(layout, state)
     except Exception as error:  # whatever a damaged layout leads to

@@ -273,6 +273,45 @@ def in_safetensors(content, key=None):
     return st.one_of(strategies)
 
 
+def sealed(facts, tensors, path):
+    """Return the content of a file whose checksum is right."""
+    if isinstance(facts, dict):
+        facts.pop("sha256", None)
+        facts["sha256"] = files._checksum(facts, tensors)
+    save_file(tensors, path, metadata={"course": as_json(facts)})
+    return path.read_bytes()
+
+
+CHANGES = {
+    "gone": lambda tensor: None,
+    "flat": lambda tensor: tensor.reshape(-1),
+    "one": lambda tensor: tensor.reshape(-1)[:1],
+    "none": lambda tensor: tensor.reshape(-1)[:0],
+    "twice": lambda tensor: torch.cat([tensor.reshape(-1)] * 2),
+    "bfloat16": lambda tensor: tensor.bfloat16(),
+    "int8": lambda tensor: tensor.to(torch.int8),
+    "nan": lambda tensor: torch.full(tensor.shape, math.nan),
+}
+
+
+def in_sealed(content, path):
+    """Damage that no checksum finds, for it was there before: what a file says of its tensors is not taken on trust."""
+    facts, tensors = json.loads(header_of(content)["__metadata__"]["course"]), tensors_of(content)
+
+    def of_tensors(changes):
+        changed = dict(tensors)
+        for key, name in changes:
+            if (tensor := CHANGES[name](changed.pop(key, tensors[key]))) is not None:
+                changed[key] = tensor.clone()
+        return Damaged(changes, sealed(dict(facts), changed, path))
+
+    def of_facts(edits):
+        return Damaged(edits, sealed(with_edits(facts, edits), tensors, path))
+
+    change = st.tuples(st.sampled_from(sorted(tensors)), st.sampled_from(sorted(CHANGES)))
+    return in_json(facts).map(of_facts) | st.lists(change, min_size=1, max_size=2).map(of_tensors)
+
+
 # Networks ----------------------------------------------------------------------------------------------------------------
 
 TOKENS = torch.arange(16).reshape(2, 8)
@@ -304,6 +343,12 @@ def run_packed(path):
 
 def test_packed_files(packed):
     damages = in_safetensors(packed.read_bytes(), "course")
+    outcomes = fuzz(packed, damages, lambda: run_packed(packed), ValueError, examples=60)
+    assert outcomes[False]
+
+
+def test_packed_files_with_a_right_checksum(packed, tmp_path):
+    damages = in_sealed(packed.read_bytes(), tmp_path / "sealed")
     outcomes = fuzz(packed, damages, lambda: run_packed(packed), ValueError, examples=120)
     assert outcomes[True] and outcomes[False]
 
@@ -336,45 +381,8 @@ def test_int8_files(int8):
     assert outcomes[False]
 
 
-def sealed(facts, tensors, path):
-    """Return the content of an INT8 file whose checksum is right."""
-    if isinstance(facts, dict):
-        facts.pop("sha256", None)
-        facts["sha256"] = backends._checksum(facts, tensors)
-    save_file(tensors, path, metadata={"course": as_json(facts)})
-    return path.read_bytes()
-
-
-CHANGES = {
-    "gone": lambda tensor: None,
-    "flat": lambda tensor: tensor.reshape(-1),
-    "one": lambda tensor: tensor.reshape(-1)[:1],
-    "none": lambda tensor: tensor.reshape(-1)[:0],
-    "twice": lambda tensor: torch.cat([tensor.reshape(-1)] * 2),
-    "bfloat16": lambda tensor: tensor.bfloat16(),
-    "int8": lambda tensor: tensor.to(torch.int8),
-    "nan": lambda tensor: torch.full(tensor.shape, math.nan),
-}
-
-
 def test_int8_files_with_a_right_checksum(int8, tmp_path):
-    """Damage that no checksum finds, for it was there before: what a file says of its tensors is not taken on trust."""
-    content = int8.read_bytes()
-    facts, tensors = json.loads(header_of(content)["__metadata__"]["course"]), tensors_of(content)
-
-    def of_tensors(changes):
-        changed = dict(tensors)
-        for key, name in changes:
-            if (tensor := CHANGES[name](changed.pop(key, tensors[key]))) is not None:
-                changed[key] = tensor.clone()
-        return Damaged(changes, sealed(dict(facts), changed, tmp_path / "sealed"))
-
-    def of_facts(edits):
-        return Damaged(edits, sealed(with_edits(facts, edits), tensors, tmp_path / "sealed"))
-
-    change = st.tuples(st.sampled_from(sorted(tensors)), st.sampled_from(sorted(CHANGES)))
-    damages = in_json(facts).map(of_facts) | st.lists(change, min_size=1, max_size=2).map(of_tensors)
-    int8.write_bytes(sealed(dict(facts), tensors, tmp_path / "sealed"))  # the first that has to load
+    damages = in_sealed(int8.read_bytes(), tmp_path / "sealed")
     outcomes = fuzz(int8, damages, lambda: run_int8(int8), ValueError, examples=50)
     assert outcomes[False]
 
@@ -614,9 +622,8 @@ def in_256_mib(load, path):
 )
 def test_packed_files_that_promise_terabytes(packed, where, promise, read):
     content = packed.read_bytes()
-    header = header_of(content)
-    layout = with_edits(json.loads(header["__metadata__"]["course"]), [(where, promise)])
-    packed.write_bytes(with_header(content, json.dumps(header | {"__metadata__": {"course": json.dumps(layout)}})))
+    layout = with_edits(json.loads(header_of(content)["__metadata__"]["course"]), [(where, promise)])
+    sealed(layout, tensors_of(content), packed)
     assert in_256_mib(lambda: run_packed(packed), packed) is read
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from course_utils import affine, int4, models, qat, rounding, simulate, weights
+from course_utils import affine, files, int4, models, qat, rounding, simulate, weights
 from tests.conftest import fingerprint
 
 quick = settings(max_examples=80)
@@ -171,7 +171,7 @@ def test_another_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="other was not written by this save_packed"):
         int4.load_packed(path)
     path.write_text("hello")
-    with pytest.raises(ValueError, match="other is not a readable safetensors file"):
+    with pytest.raises(ValueError, match="other is truncated or not a safetensors file"):
         int4.load_packed(path)
     with pytest.raises(FileNotFoundError):
         int4.load_packed(tmp_path / "absent")
@@ -209,8 +209,31 @@ def test_a_truncated_file_is_refused(tmp_path, mobilenet_v2, share):
     path = tmp_path / "model"
     written = int4.save_packed(mobilenet_v2, path)
     path.write_bytes(path.read_bytes()[: int(share * written)])
-    with pytest.raises(ValueError, match="model is not a readable safetensors file.*save_packed"):
+    with pytest.raises(ValueError, match="model is truncated or not a safetensors file.*save_packed"):
         int4.load_packed(path)
+
+
+def test_a_file_with_a_changed_byte_is_refused(tmp_path, mobilenet_v2):
+    path = tmp_path / "model"
+    int4.save_packed(mobilenet_v2, path)
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model is damaged: its contents differ from the checksum.*save_packed"):
+        int4.load_packed(path)
+
+
+def test_a_file_of_before_there_were_checksums_is_read(tmp_path, mobilenet_v2, images, monkeypatch):
+    path = tmp_path / "model"
+    int4.save_packed(mobilenet_v2, path)
+    facts, tensors = files.load_tensors(path, remedy="")
+    assert facts.pop("sha256")
+    save_file(tensors, path, metadata={"course": json.dumps(facts | {"format": int4.EARLIER[0]})})
+    with torch.no_grad():
+        assert int4.load_packed(path)(images).shape == (len(images), 10)
+    save_file(tensors, path, metadata={"course": json.dumps(facts)})
+    with pytest.raises(ValueError, match="model is damaged"):
+        int4.load_packed(path)  # who takes the checksum away has to take it from the format too
 
 
 def test_the_layout_in_the_file_can_be_read_without_the_course(tmp_path, mobilenet_v2):

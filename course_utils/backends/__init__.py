@@ -4,14 +4,11 @@ Each engine family lives in one file of this folder and can be removed by deleti
 here is a sentence in `engines()`, never a crash at import. A quantized model is an ordinary callable, images → logits.
 """
 
-import hashlib
 import importlib
 import json
 import math
 import re
 from dataclasses import dataclass
-
-import torch
 
 from .. import cpu, files
 
@@ -287,19 +284,13 @@ def save(model, path):
     stored and none is run on loading. Raises `ValueError` for a model that this package did not make, and one deployed on
     torch itself, which has no other file than the weights.
     """
-    from safetensors.torch import save_file
-
     recipe = recipe_of(model)
     if recipe["kind"] == PREPARED:
         raise ValueError("this model still trains in float: turn it into integers with convert_qat before saving")
     tensors, rest = _able(_family(recipe["engine"]), "flatten", recipe["engine"]).flatten(model)
     facts = {"format": FORMAT, "recipe": recipe, "layers": model.meta["course_layers"], "rest": rest}
     _check_facts(path, facts)
-    # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
-    metadata = {"course": json.dumps(facts | {"sha256": _checksum(facts, tensors)})}
-    with files.replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
-        return partial.stat().st_size
+    return files.save_tensors(path, tensors, facts)
 
 
 def load(path, *, model=None):
@@ -355,22 +346,9 @@ def _rebuild(family, model, facts, tensors):
 
 def _read(path):
     """Return what `save` wrote to `path`: its facts and its tensors, checked against the checksum."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {}).get("course", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # safetensors raises its own type, and JSON that nests too deep a RecursionError
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): save the model again") from None
-    _check_format(path, facts.get("format") if isinstance(facts, dict) else None)
-    if facts.pop("sha256", None) != _checksum(facts, tensors):
-        raise ValueError(
-            f"{path} is damaged: its contents differ from the checksum written with them. Copy it again from where it came, "
-            "or save the model again"
-        )
+    facts, tensors = files.load_tensors(path, remedy="save the model again")
+    _check_format(path, facts.get("format"))
+    files.check_tensors(path, facts, tensors, remedy="save the model again")
     _check_facts(path, facts)
     return facts, tensors
 
@@ -405,14 +383,6 @@ def _check_format(path, found):
         )
     if found != FORMAT:
         raise ValueError(f"{path} was not written by backends.save (format {found!r}, expected {FORMAT!r})")
-
-
-def _checksum(facts, tensors):
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # numpy lacks some of torch's types
-    return digest.hexdigest()
 
 
 def _layers(model):
