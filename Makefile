@@ -47,7 +47,7 @@ unit: $(INSTALLED) ## The unit tests alone
 # The solved edition, that is the committed notebooks with every exercise filled: its cells have to print "passed".
 test-notebooks: $(INSTALLED) ## The notebooks alone, executed with exercises solved, and compared with what is committed; ONLY=03: one
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PY) -m course_utils.tools.solve "$$scratch/solved" \
-		&& $(NOTEBOOK_ENV) $(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout 900 \
+		&& $(NOTEBOOK_ENV) $(PY) -m pytest -p tests.numbers_vary --nbval --nbval-current-env --nbval-cell-timeout 900 \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg -c pyproject.toml "$$scratch/solved"$(if $(ONLY),/$(ONLY)*)
 
 # What must not change an output that is compared. Legs of another Python or other packages get an environment of their own.

@@ -13,6 +13,7 @@ from course_utils.tools.clean import WIDGET_STATE, clean, to_text
 
 MAX_BYTES = 1_000_000
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
+NUMBERS_VARY = "numbers-vary"  # compared but for its numbers (`tests/numbers_vary.py`)
 REASONS = {"times-things", "this-machine", "trains"}
 # What a viewer of notebooks shows and does not run; of these, HTML and pictures in text are looked into.
 SHOWN = {
@@ -81,11 +82,13 @@ def one_title(notebook, path):
 
 
 def reasons_given(notebook, path):
-    """A cell that nbval does not compare says why."""
+    """A cell that nbval does not compare, or not its numbers, says why."""
     for number, cell in enumerate(_code(notebook), start=1):
         tags = set(cell.metadata.get("tags", ()))
-        if tags & NOT_COMPARED and not tags & REASONS:
-            yield f"cell {number} is not compared, but has no tag out of {sorted(REASONS)}"
+        if tags & (NOT_COMPARED | {NUMBERS_VARY}) and not tags & REASONS:
+            yield f"cell {number} is not compared, or not its numbers, but has no tag out of {sorted(REASONS)}"
+        if tags & NOT_COMPARED and NUMBERS_VARY in tags:
+            yield f"cell {number} is not compared at all: take the tag {NUMBERS_VARY} away, or the other one"
 
 
 def claims_compared(notebook, path):

@@ -14,7 +14,9 @@ from tests import guards
 from tests.toys import edit, nbval, write_notebook
 
 CLAIM = "print('✔ INT8 is smaller  (measured: 11.26 MB)')"
+TABLE = "print('          median ms\\nFP32          12.5\\nINT8   3.1 [2.9, 3.3]\\n✔ INT8 is faster')"
 NAMES = "00_untouched 01_changed 02_stripped 03_raising 04_measured 05_swapped 06_renumbered 07_stale".split()
+TIMED = "08_slower 09_word 10_row 11_refuted 12_not_here".split()
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +29,13 @@ def committed(tmp_path_factory):
         assert run(folder, results=folder / "results", ledger=folder / "ledger.json") == 0
     for name in NAMES[1:]:
         shutil.copy(first, folder / f"{name}.ipynb")
+    timed = folder / f"{TIMED[0]}.ipynb"
+    write_notebook(timed, TABLE, parameters="N = 1", fast={"N": 1})
+    edit(timed, vary)
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert run(folder, only=("08",), results=folder / "results", ledger=folder / "ledger.json") == 0
+    for name in TIMED[1:]:
+        shutil.copy(timed, folder / f"{name}.ipynb")
     return folder
 
 
@@ -40,7 +49,26 @@ def report(committed):
     edit(committed / "05_swapped.ipynb", swap)
     edit(committed / "06_renumbered.ipynb", swap_and_renumber)
     edit(committed / "07_stale.ipynb", refute)
+    edit(committed / "08_slower.ipynb", say("12.5", " 1,250.25"))
+    edit(committed / "08_slower.ipynb", say("3.1 [2.9, 3.3]", "-4e-05 [-1, nan]"))
+    edit(committed / "09_word.ipynb", say("FP32", "FP16"))
+    edit(committed / "10_row.ipynb", say("INT8   3.1 [2.9, 3.3]\n", ""))
+    edit(committed / "11_refuted.ipynb", say("✔", "✘ does not hold here:"))
+    edit(committed / "12_not_here.ipynb", say("✔", "– not on this machine:"))
     return nbval(committed)
+
+
+def vary(notebook):
+    notebook.cells[2].metadata["tags"] = [guards.NUMBERS_VARY, "times-things"]
+
+
+def say(old, new):
+    def change(notebook):
+        (output,) = notebook.cells[2].outputs
+        assert old in output.text
+        output.text = output.text.replace(old, new)
+
+    return change
 
 
 def change_output(notebook):
@@ -122,6 +150,17 @@ def test_claim_that_no_longer_holds_is_caught_by_nbval(committed, report):
     assert "FAILED" in verdicts(report, "07_stale")
 
 
+@pytest.mark.parametrize("name", ["08_slower", "12_not_here"])
+def test_other_numbers_pass_where_numbers_vary(committed, report, name):
+    assert guards.complaints(committed / f"{name}.ipynb") == {}
+    assert verdicts(report, name) == {"PASSED"}
+
+
+@pytest.mark.parametrize("name", ["09_word", "10_row", "11_refuted"])
+def test_and_nothing_else_does(report, name):
+    assert "FAILED" in verdicts(report, name)
+
+
 def plant_refuted_claim(notebook):
     notebook.cells[3].outputs[0].text = "✘ does not hold here: INT8 is smaller\n"
 
@@ -152,6 +191,14 @@ def plant_second_title(notebook):
 
 def plant_silence(notebook):
     notebook.cells[2].metadata["tags"] = ["nbval-ignore-output"]
+
+
+def vary_in_silence(notebook):
+    notebook.cells[2].metadata["tags"] = [guards.NUMBERS_VARY]
+
+
+def vary_and_ignore(notebook):
+    notebook.cells[2].metadata["tags"] = ["nbval-ignore-output", guards.NUMBERS_VARY, "trains"]
 
 
 def hide_claim(notebook):
@@ -272,6 +319,8 @@ def planted(committed, tmp_path, fault):
         (plant_size, "small"),
         (plant_second_title, "one_title"),
         (plant_silence, "reasons_given"),
+        (vary_in_silence, "reasons_given"),
+        (vary_and_ignore, "reasons_given"),
         (hide_claim, "claims_compared"),
         (plant_picture, "pictures_present"),
         (delete_picture, "pictures_present"),

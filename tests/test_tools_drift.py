@@ -37,8 +37,9 @@ def compare(folder, report):
     """Let nbval report on the notebooks of `folder` as `make drift` does, with another limit."""
     options = ["--nbval", "--nbval-current-env", f"--nbval-cell-timeout={LIMIT}", "--color=no", f"--junitxml={report}"]
     options += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg"), "--rootdir", str(folder)]
-    command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, "-p", "no:cacheprovider", str(folder)]
-    subprocess.run(command, capture_output=True, timeout=120)
+    plugins = ["-p", "tests.numbers_vary", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, *plugins, str(folder)]
+    subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def edit(path, change):
 
 def nbval(folder):
     """Compare the notebooks of `folder` as `make test-notebooks` does; return pytest's report."""
-    options = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout", "900"]
+    options = ["-p", "tests.numbers_vary", "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "900"]
     options += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg")]
     command = [
         sys.executable,
@@ -50,4 +50,4 @@ def nbval(folder):
         os.devnull,
         str(folder),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
