@@ -10,7 +10,7 @@ from nbval.plugin import IPyNbCell
 
 TAG = "numbers-vary"
 # Not those that are part of a name: FP32, layer1.0.conv1, W4A8.
-NUMBER = re.compile(r"(?<![\w.])[-−+]?(\d[\d,]*(\.\d+)?(e[-+]?\d+)?|nan|inf)(?![\w])")
+NUMBER = re.compile(r"(?<![\w.])[-−+]?(\d+(,\d{3})*(\.\d+)?(e[-+]?\d+)?|nan|inf)(?![\w])")
 NOT_HERE = re.compile(r"(?m)^– not on this machine:")  # a claim that need not hold anywhere (`ledger.claim`)
 _sanitize = IPyNbCell.sanitize
 
