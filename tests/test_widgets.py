@@ -349,3 +349,9 @@ def test_a_notebook_with_a_widget_is_the_same_after_each_run_and_passes_the_comp
         written.append(path.read_bytes())
     assert written[0] == written[1] and b"2 is exact in FP32" in written[0]
     assert nbval(tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("largest, shown", [(0.003, ".5f"), (0.5, ".3f"), (6.0, ".2f"), (2000.0, ".0f")])
+def test_the_range_is_read_out_in_decimals_that_suit_the_tensor(largest, shown):
+    explorer = widgets.ClipRange(torch.linspace(-largest, largest, 100))
+    assert explorer.controls["clip"].readout_format == shown

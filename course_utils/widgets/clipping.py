@@ -50,7 +50,8 @@ class ClipRange(Explorer):
                 min=-limit,
                 max=limit,
                 step=limit / 200,
-                readout_format=".3g",
+                # Three digits of the largest; significant ones would show a zero that is 1e-15 off as that.
+                readout_format=f".{max(0, 2 - math.floor(math.log10(limit)))}f",
             ),
             "scale": ipywidgets.FloatLogSlider(start["scale"], readout_format=".3g", **log_scales),
             "zero_point": ipywidgets.IntSlider(start["zero_point"], min=0, max=15),
