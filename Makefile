@@ -8,7 +8,8 @@ PY := $(VENV)/$(BIN)/python
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 VARIANT := $(strip $(TORCH) $(if $(LATEST),latest) $(if $(OLDEST),oldest) $(if $(ENGINES),engines))
-# Unit tests that run side by side, with one thread each: most of them wait for one core anyway, and each may take 2 GiB.
+# Tests that run side by side, and notebooks that are compared, with one thread each: much of them keeps one core busy anyway.
+# Each may take 2 GiB.
 WORKERS ?= 2
 NOTEBOOK_ENV = COURSE_RUN=test COURSE_LEDGER="$$scratch/ledger.json" COURSE_LEDGER_BASE="$(CURDIR)/data/ledger.json" \
 	IPYTHONDIR="$$scratch/ipython" CUDA_VISIBLE_DEVICES= PYTHONHASHSEED=0
@@ -47,8 +48,9 @@ unit: $(INSTALLED) ## The unit tests alone
 # The solved edition, that is the committed notebooks with every exercise filled: its cells have to print "passed".
 test-notebooks: $(INSTALLED) ## The notebooks alone, executed with exercises solved, and compared with what is committed; ONLY=03: one
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PY) -m course_utils.tools.solve "$$scratch/solved" \
-		&& $(NOTEBOOK_ENV) $(PY) -m pytest -p tests.numbers_vary --nbval --nbval-current-env --nbval-cell-timeout 900 \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg -c pyproject.toml "$$scratch/solved"$(if $(ONLY),/$(ONLY)*)
+		&& $(NOTEBOOK_ENV) $(if $(ONLY),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(PY) -m pytest -p tests.numbers_vary \
+		--nbval --nbval-current-env --nbval-cell-timeout 900 --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		--numprocesses $(if $(ONLY),1,$(WORKERS)) --dist loadfile -c pyproject.toml --rootdir "$$scratch/solved" "$$scratch/solved"$(if $(ONLY),/$(ONLY)*)
 
 # What must not change an output that is compared. Legs of another Python or other packages get an environment of their own.
 LEGS := threads-1 threads-2 threads-4 isa-avx2 isa-default python3.11 python3.12 python3.13 oldest newest
@@ -58,7 +60,7 @@ isa-default := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
 matrix: $(addprefix leg-,$(or $(LEG),$(LEGS))) ## The notebooks compared on other threads, instructions, Pythons, releases (hours); LEG=isa-avx2: one
 
 leg-threads-%: always
-	OMP_NUM_THREADS=$* $(MAKE) test-notebooks
+	OMP_NUM_THREADS=$* WORKERS=1 $(MAKE) test-notebooks
 
 leg-isa-%: always
 	$(isa-$*) $(MAKE) test-notebooks
