@@ -24,8 +24,9 @@ STEPS, LR = 200, 0.002  # the rate chosen on validation images
 FEW = {"clip": "mse", "observer": "mse", "first_last": 8}
 W8A8, W4A8 = Policy(weights=8, activations=8), Policy(weights=4, activations=8)
 W4A4 = Policy(weights=4, activations=4, **FEW)
+W3A8 = Policy(weights=3, activations=8)
 W2A8 = Policy(weights=2, activations=8, clip="mse", first_last=8)
-POLICIES = {"resnet18": (W8A8, W4A8, W4A4, W2A8), "mobilenet_v2": (W4A8, W4A4)}
+POLICIES = {"resnet18": (W8A8, W4A8, W3A8, W4A4, W2A8), "mobilenet_v2": (W4A8, W4A4)}
 # Few bits have further to go; and where PTQ is close already, large steps lead away first. So do they for the control.
 OTHERWISE = {("resnet18", W4A4): (400, 0.0007), ("resnet18", W2A8): (400, LR)}
 SETTINGS = {"shift": 1, "label_smoothing": 0.1}  # as the networks were trained, and for all arms alike
