@@ -234,7 +234,11 @@ def test_drift_judges_the_report_of_the_comparison(bare):
     assert printed.count("results/drift/nightly.xml") >= 3  # removed, written, judged
     assert '--junitxml=results/drift/nightly.xml"' in printed
     assert ".venv-nightly/bin/python -m course_utils.tools.drift results/drift/nightly.xml" in printed
-    assert "-m pytest -p tests.numbers_vary" in printed and "--nbval --nbval-current-env" in printed and '".[test' in printed
+    assert (
+        "-m pytest -p tests.numbers_vary" in printed
+        and "--nbval --nbval-current-env" in printed
+        and '".[test' in printed
+    )
 
 
 BESIDE_MAKE = {  # what is not ours to do
