@@ -48,9 +48,10 @@ unit: $(INSTALLED) ## The unit tests alone
 # The solved edition, that is the committed notebooks with every exercise filled: its cells have to print "passed".
 test-notebooks: $(INSTALLED) ## The notebooks alone, executed with exercises solved, and compared with what is committed; ONLY=03: one
 	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && $(PY) -m course_utils.tools.solve "$$scratch/solved" \
-		&& $(NOTEBOOK_ENV) $(if $(ONLY),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(PY) -m pytest -p tests.numbers_vary \
+		&& $(NOTEBOOK_ENV) $(if $(ONLY),,OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}) $(PY) -m pytest -p tests.nbval_plugin \
 		--nbval --nbval-current-env --nbval-cell-timeout 900 --nbval-sanitize-with tests/nbval_sanitize.cfg \
-		--numprocesses $(if $(ONLY),1,$(WORKERS)) --dist loadfile -c pyproject.toml --rootdir "$$scratch/solved" "$$scratch/solved"$(if $(ONLY),/$(ONLY)*)
+		--numprocesses $(if $(ONLY),1,$(WORKERS)) --dist loadfile --no-loadscope-reorder \
+		-c pyproject.toml --rootdir "$$scratch/solved" "$$scratch/solved"$(if $(ONLY),/$(ONLY)*)
 
 # What must not change an output that is compared. Legs of another Python or other packages get an environment of their own.
 LEGS := threads-1 threads-2 threads-4 isa-avx2 isa-default python3.11 python3.12 python3.13 oldest newest

@@ -39,10 +39,11 @@ class QParams:
 def choose_qparams(x, *, bits=8, symmetric=False, axis=None, group_size=None, signed=None, ragged=False, clip="minmax"):
     """Return the `QParams` whose range just covers `x` (min-max), or the one of least squared error.
 
-    x: float tensor. bits: 2 to 8. symmetric: zero_point 0 and scale = max|x| / qmax; otherwise the range min(x)..max(x),
-    stretched to contain 0. axis: one map per index of that dimension. group_size: one map per group within each row
-    (see `QParams`); it must divide the row, or with `ragged` the last group of a row is shorter. signed: integers
-    −2^(bits−1)..2^(bits−1)−1 instead of 0..2^bits−1; by default the symmetric maps are signed and the others are not.
+    x: float tensor; what comes out has no gradient. bits: 2 to 8. symmetric: zero_point 0 and scale = max|x| / qmax; otherwise
+    the range min(x)..max(x), stretched to contain 0. axis: one map per index of that dimension. group_size: one map per group
+    within each row (see `QParams`); it must divide the row, or with `ragged` the last group of a row is shorter. signed: integers
+    −2^(bits−1)..2^(bits−1)−1 instead of 0..2^bits−1; by default the symmetric maps are signed and the others are not. Symmetric
+    and unsigned is for what is never negative, as behind a ReLU: scale = max(x) / qmax, and whatever is below 0 becomes 0.
     clip: `"minmax"`, or `"mse"` for the fraction of that range, the same on both sides, with the least
     Σ (x − fake_quantize(x))²: a few large values are clipped and all the others get a finer step. One fraction per scale,
     the best of 23 between 1 and 0.07; never worse than min-max. Observers choose for activations, this is for weights.
@@ -52,6 +53,7 @@ def choose_qparams(x, *, bits=8, symmetric=False, axis=None, group_size=None, si
     if clip not in CLIPS:
         raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
     scheme = {"bits": bits, "symmetric": symmetric, "signed": signed}
+    x = x.detach()
     low, high = extremes(x, axis=axis, group_size=group_size, ragged=ragged)
     if clip == "mse":
         values = _per_scale(x, axis, group_size, ragged).float()

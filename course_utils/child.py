@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import statistics
+import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -78,7 +79,7 @@ def _set(variables):
 @dataclass(frozen=True)
 class PeakMemory:
     """Memory of a child process in bytes: `total` at its peak, and `added` by the function beyond what Python, torch and the
-    imports already held."""
+    imports already held. Only Linux lets the peak start anew at the function; elsewhere it is that of the whole process."""
 
     total: int
     added: int
@@ -168,6 +169,10 @@ def _peak_rss():
     status = Path("/proc/self/status")
     if status.exists():
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
     import psutil
 
     info = psutil.Process().memory_info()

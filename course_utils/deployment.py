@@ -78,19 +78,23 @@ class Ladder(Shown, dict):
         self.missing, self.size, self.rounds, self.threads = missing, size, rounds, threads
 
     def best(self, precision="int8", families=None):
-        """Return the fastest rung of a precision, of these families if any are named, or None where there is none."""
+        """Return the fastest rung of a precision, of these families if any are named, or None where there is none.
+
+        It is the one of the largest speed-up: the first way was timed beside each rung, while the milliseconds of two families
+        come from two processes, one after the other.
+        """
         found = [
             r for r in self.values() if r.way.precision == precision and (not families or r.way.family in families)
         ]
-        return min(found, key=lambda rung: rung.timing.median, default=None)
+        return max(found, key=lambda rung: rung.timing.speedup, default=None)
 
     def table(self):
-        """Return the ladder as a `Table`, the slowest rung first."""
+        """Return the ladder as a `Table`, the slowest rung, of the smallest speed-up, first."""
         first, judged = next(iter(self)), any(rung.judged for rung in self.values())
         columns = ["", "median ms", "quartiles", f"over {first}", "over its own FP32"]
         columns += ["accuracy", "same prediction", "file"] if judged else ["file"]
         rows = []
-        for rung in sorted(self.values(), key=lambda rung: -rung.timing.median):
+        for rung in sorted(self.values(), key=lambda rung: rung.timing.speedup):
             t = rung.timing
             row = [rung.way.name, f"{t.median:.2f}", f"{t.q1:.2f} – {t.q3:.2f}"]
             row.append(f"{t.speedup:.2f}× [{t.speedup_low:.2f}, {t.speedup_high:.2f}]")

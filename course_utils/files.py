@@ -142,14 +142,14 @@ def write_text(path, text):
 def save_tensors(path, tensors, facts):
     """Write `tensors` and what is known about them to one safetensors file, with a checksum of both; return the bytes written.
 
-    tensors: name → tensor. facts: a dict that JSON can hold. No code is stored.
+    tensors: name → tensor, of any strides. facts: a dict that JSON can hold. No code is stored.
     """
     from safetensors.torch import save_file
 
     # One key, because safetensors keeps several in no particular order, and the same model should be the same bytes.
     metadata = {"course": json.dumps(facts | {"sha256": _checksum(facts, tensors)})}
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata=metadata)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial, metadata=metadata)
         return partial.stat().st_size
 
 

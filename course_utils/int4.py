@@ -1,5 +1,7 @@
 """Fewer than 8 bits for real: integers packed without gaps, and files whose size can be computed by hand."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -66,12 +68,11 @@ def _overlaps(bits):
 def quantize_groupwise(w, *, bits=4, group_size=32, symmetric=True, ragged=False):
     """Return `(q, qparams)`: the integers of a weight `(rows, ...)` with one scale per `group_size` weights of a row.
 
-    Scales are rounded to FP16 values, because that is how they are stored. The rest is as in `affine.choose_qparams`.
+    Scales are rounded to FP16 values, because that is how they are stored. The rest is as in `affine.choose_qparams`; raises
+    `ValueError` for weights so large that FP16 has no scale for them, too.
     """
     chosen = affine.choose_qparams(w, bits=bits, symmetric=symmetric, group_size=group_size, ragged=ragged)
-    # FP16 has no scale below 2^-24; a group that small becomes zeros.
-    scale = chosen.scale.half().float().clamp(min=2.0**-24)
-    qparams = affine.QParams(scale, chosen.zero_point, chosen.qmin, chosen.qmax, None, group_size)
+    qparams = replace(chosen, scale=simulate.fp16_scale(chosen.scale))
     return affine.quantize(w, qparams), qparams
 
 
@@ -83,24 +84,29 @@ def bits_per_weight(bits, group_size, *, symmetric=True):
 def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     """Write `model` with packed convolution and linear weights to `path` (safetensors); return the bytes written.
 
-    A network that is quantized already (`simulate.quantize`, those of `rounding`, `qat.convert`) is stored as it is, with the
-    ranges of its activations and the factors of `rounding.awq`; `bits`, `group_size` and `symmetric` are for those that are
-    not, whose batch norms are folded and whose weights are rounded to nearest. The last group of a row may be shorter: the
-    147 weights of a first filter of ResNet18 are no multiple of 32. Biases and whatever else remains are stored as FP16. The
-    file is replaced in one step.
+    A network whose weights or activations are quantized already (`simulate.quantize`, those of `rounding`, `qat.convert`) is
+    stored as it is, with the ranges of its activations and the factors of `rounding.awq`; `bits`, `group_size` and `symmetric`
+    are for those that are not, whose batch norms are folded and whose weights are rounded to nearest. The last group of a row
+    may be shorter: the 147 weights of a first filter of ResNet18 are no multiple of 32. Biases, float32 weights and whatever
+    else remains are stored as FP16. The file is replaced in one step.
 
-    The model must be one of `course_utils.models`: its architecture is stored by name. Raises `ValueError` for others.
+    The model must be one of `course_utils.models`: its architecture is stored by name. Raises `ValueError` for others, and
+    for one whose layers have become others since, as the caps of `rounding.cross_layer_equalization` in MobileNetV2, the
+    biases that `rounding.bias_correction` gives convolutions with a batch norm, or a last layer with other classes; nothing
+    is written then.
     """
     architecture = models.architecture(model)
     found = weights.layers(model)
     chosen = {name: (layer, layer.weight_qparams) for name, layer in found.items() if hasattr(layer, "weight_qparams")}
-    if not chosen:
+    if not chosen and not any(hasattr(layer, "input_quantizer") for layer in found.values()):
         model = weights.fold_batch_norm(model)
         for name, layer in weights.layers(model).items():
             _, qparams = quantize_groupwise(
                 layer.weight.data, bits=bits, group_size=group_size, symmetric=symmetric, ragged=True
             )
             chosen[name] = layer, qparams
+    folded = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    _check_architecture(model, _unquantized(architecture, folded))
     tensors, layers = {}, {}
     for name, (layer, qparams) in chosen.items():
         layer_bits = (qparams.qmax - qparams.qmin).bit_length()
@@ -123,7 +129,6 @@ def save_packed(model, path, *, bits=4, group_size=32, symmetric=True):
     scaled = {
         name: layer.input_scale.dim for name, layer in weights.layers(model).items() if hasattr(layer, "input_scale")
     }
-    folded = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     layout = {"architecture": architecture, "folded": folded, "layers": layers, "inputs": inputs, "scaled": scaled}
     return files.save_tensors(path, tensors, {"format": FORMAT, **layout})
 
@@ -152,8 +157,7 @@ def load_packed(path):
 
 def _rebuild(layout, state):
     """Return the model that a file's layout and tensors describe; a damaged layout ends in errors of many types."""
-    model = skeleton(models.build, **layout["architecture"])  # until the tensors have proved its sizes
-    model = weights.fold_batch_norm(model) if layout["folded"] else model.eval()
+    model = _unquantized(layout["architecture"], layout["folded"])  # until the tensors have proved its sizes
     found = weights.layers(model)
     for name, dim in layout.get("scaled", {}).items():  # before the ranges, which are of what has been scaled
         factors = state[f"{name}.input_scale.factors"].float()
@@ -180,6 +184,33 @@ def _rebuild(layout, state):
     state = {key: value.to(dtypes.get(key, value.dtype), copy=True) for key, value in state.items()}
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _unquantized(architecture, folded):
+    """Return the network that a file names, without memory for its tensors."""
+    model = skeleton(models.build, **architecture)
+    return weights.fold_batch_norm(model) if folded else model.eval()
+
+
+def _check_architecture(model, expected):
+    """Raise `ValueError` unless `model` has the tensors of `expected`, besides those of its quantization."""
+    own = (".input_quantizer.", ".input_scale.")
+    found, wanted = (
+        {key: tuple(tensor.shape) for key, tensor in each.state_dict().items() if not any(part in key for part in own)}
+        for each in (model, expected)
+    )
+    differ = [
+        f"{key} is {found.get(key, 'missing')}, expected {wanted.get(key, 'none')}"
+        for key in found | wanted
+        if found.get(key) != wanted.get(key)
+    ]
+    if differ:
+        more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+        raise ValueError(
+            f"a file could not be loaded again, for this {type(model).__name__} is no longer what course_utils.models builds "
+            f"({'; '.join(differ[:3])}{more}): build it with the num_classes it has, fold batch norms before bias_correction, do "
+            "not equalize a network with ReLU6, and give what qat.prepare returned to qat.convert first"
+        )
 
 
 class _Unfilled(TorchFunctionMode):

@@ -97,7 +97,7 @@ def conv2d_accumulate(q, weight, bias=None, zero_point=0, *, stride=1, padding=0
     centred = q.int() - zero_point  # now the zeros that padding adds mean zero
     bias = None if bias is None else bias.int()
     dilated = _pair(dilation) != (1, 1)
-    if not dilated and (groups > 1 or centred[0, 0].numel() > 64):
+    if not dilated and (groups > 1 or centred.shape[2:].numel() > 64):
         return F.conv2d(centred, weight.int(), bias, stride, padding, dilation, groups)
     # torch's integer convolution knows no dilation, and goes image by image, which is slow on small ones: here all patches
     # are one matrix, and the convolution of each group one product.
@@ -105,7 +105,7 @@ def conv2d_accumulate(q, weight, bias=None, zero_point=0, *, stride=1, padding=0
     parts = zip(patches.flatten(0, 1).chunk(groups, 1), weight.int().flatten(1).chunk(groups), strict=True)
     acc = torch.cat([part @ kernels.T for part, kernels in parts], 1)
     acc = acc if bias is None else acc + bias
-    return acc.reshape(len(q), height, width, -1).permute(0, 3, 1, 2)
+    return acc.unflatten(0, (len(q), height, width)).permute(0, 3, 1, 2)
 
 
 def linear(q, weight, bias, *, zero_point, m0, shift, out_zero_point, qmin=0, qmax=255):
@@ -309,13 +309,13 @@ class PairSaturation:
         patches, height, width = _patches(q, self.kernel, *self.geometry, fill=zero_point)
         patches = patches.flatten(0, 1)
         lost = torch.zeros(len(patches), self.channels, dtype=torch.int32)
-        for some in torch.arange(len(self.out)).split(max(1, 2**21 // len(patches))):  # a few MB at a time
+        for some in torch.arange(len(self.out)).split(max(1, 2**21 // max(1, len(patches)))):  # a few MB at a time
             exact = (
                 patches[:, self.first[some]] * self.weights[some, 0]
                 + patches[:, self.second[some]] * self.weights[some, 1]
             )
             lost.index_add_(1, self.out[some], exact - exact.clamp(INT16.min, INT16.max))
-        return lost if self.linear else lost.reshape(len(q), height, width, -1).permute(0, 3, 1, 2)
+        return lost if self.linear else lost.unflatten(0, (len(q), height, width)).permute(0, 3, 1, 2)
 
 
 def _room_for_bias(weight, weight_scale, bias, scale):
@@ -334,8 +334,8 @@ def _patches(q, kernel, stride, padding, dilation, fill=0):
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = (_pair(v) for v in (kernel, stride, padding, dilation))
     padded = F.pad(q, (pw, pw, ph, ph), value=fill)
     windows = padded.unfold(2, dh * (kh - 1) + 1, sh).unfold(3, dw * (kw - 1) + 1, sw)[..., ::dh, ::dw]
-    n, _, height, width = windows.shape[:4]
-    return windows.permute(0, 2, 3, 1, 4, 5).reshape(n, height * width, -1), height, width
+    height, width = windows.shape[2:4]
+    return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2), height, width
 
 
 def _shift_right(product, shift):

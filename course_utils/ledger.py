@@ -4,16 +4,20 @@ The repository's reference numbers are `data/ledger.json`. Your own runs write t
 and wins when both have a number. A full `make run-all` sets COURSE_LEDGER and renews the reference itself.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 from pathlib import Path
 
+import filelock
+
 from . import files
 from .tables import Table
 
 VERSION = 1
+PATIENCE = 10  # seconds to wait for another process that records
 SOURCES = ("measured", "estimated", "cited")
 
 
@@ -25,26 +29,37 @@ def record(subject, quantity, value, *, unit="", low=None, high=None, n=None, so
     """Keep one number: `quantity` of `subject`, for example `record("PTQ INT8", "size", 11_248_328, unit="bytes")`.
 
     value: a number, or a `Proportion`, which brings its own interval and n. unit: `"%"` for shares, `"×"` for ratios, `"bytes"`,
-    `"ms"`, ... low, high: its 95 % interval. source: `"measured"`, `"estimated"` or `"cited"`. A number recorded again replaces the
-    old one. Returns `value`. Raises `ValueError` for another source or a value that is not a number.
+    `"ms"`, ... low, high: its 95 % interval, both ends or neither. n: how many it is from. source: `"measured"`, `"estimated"` or
+    `"cited"`. A number recorded again replaces the old one; several processes may record at the same time. Returns `value`.
+
+    Raises `ValueError` for another source, a value, end or n that is not a finite number, and an interval with one end;
+    nothing is written then. `LedgerError` as in `read`.
     """
     if source not in SOURCES:
         raise ValueError(f"unknown source {source!r}: choose one of {', '.join(SOURCES)}")
     returned = value
     if hasattr(value, "successes"):
         low, high, n, unit, value = value.low, value.high, value.n, unit or "%", value.value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _is_number(value):
         raise ValueError(f"expected a finite number for {quantity} of {subject}, got {value!r}")
+    if (low, high) != (None, None) and not (_is_number(low) and _is_number(high)):
+        raise ValueError(
+            f"the interval for {quantity} of {subject} needs two finite numbers, got low={low!r} and high={high!r}: "
+            "give both ends, or neither"
+        )
+    if n is not None and not _is_number(n):
+        raise ValueError(f"expected a finite number for n, of {quantity} of {subject}, got {n!r}")
     entry = {"value": value, "unit": unit, "low": low, "high": high, "n": n, "source": source}
     entry = {key: item for key, item in entry.items() if item is not None}
     if source == "measured":
         entry["machine"], facts = _this_machine()
     path = _own_path()
-    content = read(path)
-    content["records"].setdefault(subject, {})[quantity] = entry
-    if source == "measured":
-        content["machines"][entry["machine"]] = facts
-    _write(path, content)
+    with _alone(path):
+        content = read(path)
+        content["records"].setdefault(subject, {})[quantity] = entry
+        if source == "measured":
+            content["machines"][entry["machine"]] = facts
+        _write(path, content)
     return returned
 
 
@@ -134,9 +149,27 @@ def read(path):
         ) from None
 
 
+@contextlib.contextmanager
+def _alone(path):
+    """Keep other processes from recording in the ledger `path` meanwhile: what they add between read and write would be lost."""
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=PATIENCE)
+    # Where there can be no lock, or whoever has it hangs, go on without: the file itself is replaced in one step anyway.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _write(path, content):
     content["records"] = {s: dict(sorted(q.items())) for s, q in sorted(content["records"].items())}
     files.write_text(path, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def _is_number(value):
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _this_machine():

@@ -32,15 +32,11 @@ def accuracy(model, batches):
     """Return the share of images that `model` classifies right, as a `Proportion` with a 95 % interval.
 
     model: callable, float32 images `(b, 3, h, w)` → logits `(b, classes)`; a module is put into evaluation mode for the
-    count and back afterwards. batches: iterable of `(images, labels)`. Raises `ValueError` when there is no image.
+    count, and each part of it back to its own mode afterwards. batches: iterable of `(images, labels)`. Raises `ValueError`
+    when there is no image.
     """
-    right = n = 0
-    for (logits,), labels in _outputs([model], batches):
-        right += int((logits.argmax(1) == labels).sum())
-        n += len(labels)
-    if n == 0:
-        raise ValueError(NO_IMAGES)
-    return Proportion(right, n)
+    classes, labels = predictions(model, batches)
+    return Proportion(int((classes == labels).sum()), len(labels))
 
 
 @dataclass(frozen=True)
@@ -89,10 +85,7 @@ class Comparison:
 
 def compare(first, second, batches):
     """Return the `Comparison` of two models on the same images; arguments and errors as in `accuracy`."""
-    outputs = [(*(logits.argmax(1) for logits in both), labels) for both, labels in _outputs([first, second], batches)]
-    if not outputs:
-        raise ValueError(NO_IMAGES)
-    return compare_predictions(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+    return compare_predictions(*_predictions([first, second], batches))
 
 
 def predictions(model, batches):
@@ -100,11 +93,7 @@ def predictions(model, batches):
 
     For a model that many others are compared with: it runs once, and `compare_predictions` does the rest.
     """
-    outputs = [(logits.argmax(1), labels) for (logits,), labels in _outputs([model], batches)]
-    if not outputs:
-        raise ValueError(NO_IMAGES)
-    classes, labels = (torch.cat(parts) for parts in zip(*outputs, strict=True))
-    return classes, labels
+    return _predictions([model], batches)
 
 
 def compare_predictions(first, second, labels):
@@ -155,18 +144,24 @@ def compare_seeds(first, second, labels):
     return SeedComparison(float(a.mean()), float(b.mean()), *mean_over_runs(b - a), tuple((b - a).mean(1).tolist()))
 
 
-def _outputs(models, batches):
-    """Yield the logits of each model, in evaluation mode and without gradients, and the labels, batch by batch."""
-    training = [model for model in models if getattr(model, "training", False)]
-    for model in training:
-        model.eval()
+def _predictions(models, batches):
+    """Return the classes that each model predicts, in evaluation mode and without gradients, and the labels: a tuple."""
+    networks = [model for model in models if isinstance(model, torch.nn.Module)]
+    # Of every part: a frozen batch norm of a network in training is in evaluation mode, and the reverse happens too.
+    modes = {module: module.training for network in networks for module in network.modules()}
+    for network in networks:
+        network.eval()
     try:
         with torch.no_grad():
-            for images, labels in batches:
-                yield [model(images) for model in models], labels
+            found = [(*(model(images).argmax(1) for model in models), labels) for images, labels in batches]
     finally:
-        for model in training:
-            model.train()
+        for network in networks:
+            network.train(modes[network])  # of exported networks, the mode is more than a flag
+        for module, training in modes.items():
+            module.training = training
+    if not found:
+        raise ValueError(NO_IMAGES)
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def size_on_disk(model):

@@ -101,7 +101,7 @@ class _Histogram:
         if nonzero.numel():
             self._grow(int(torch.frexp(nonzero.abs().max()).exponent))
             index = torch.floor(nonzero / self.width).long() + self.half
-            self.counts += torch.bincount(index, minlength=self.bins)
+            self.counts += torch.bincount(index, minlength=self.bins).cpu()
 
     def magnitudes(self):
         """Return the counts of |x| without the zeros: float64 `(bins / 2,)`, from 0 upwards."""
@@ -115,7 +115,10 @@ class _Histogram:
 
 
 class _Clipping(MinMax):
-    """An observer that also keeps the histogram of all values and cuts the range at one magnitude, `_threshold(scheme)`."""
+    """An observer that also keeps the histogram of all values and cuts the range at one magnitude, `_threshold(scheme)`.
+
+    The histogram, and the search on it, are on the CPU; the range ends up where the values are.
+    """
 
     def __init__(self):
         super().__init__()
@@ -124,13 +127,15 @@ class _Clipping(MinMax):
     @torch.no_grad()
     def observe(self, x):
         super().observe(x)
+        self._low, self._high, self._device = self._low.cpu(), self._high.cpu(), x.device
         self._histogram.add(x)
         return self
 
     def _range(self, scheme):
-        if self._low == self._high == 0:
-            return self._low, self._high
-        return self._cut(self._threshold(scheme))
+        low, high = self._low, self._high
+        if not low == high == 0:
+            low, high = self._cut(self._threshold(scheme))
+        return low.to(self._device), high.to(self._device)
 
     def _cut(self, threshold):
         threshold = torch.as_tensor(threshold, dtype=torch.float64)

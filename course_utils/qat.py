@@ -47,7 +47,8 @@ class StraightThrough(torch.autograd.Function):
 class LearnedStep(torch.autograd.Function):
     """Fake-quantize `x` with a scale that has a gradient too: LSQ (Esser et al. 2020, arXiv 1902.08153, equations 3 and 5).
 
-    forward(x, scale, zero_point, qmin, qmax, gradient_scale): as `StraightThrough` with its mask. The output is
+    forward(x, scale, zero_point, qmin, qmax, gradient_scale): as `StraightThrough` with its mask, which looks at x / scale
+    before it is rounded here: what lies beyond the range by less than half a step counts as clipped. The output is
     (q − zero_point) · scale with q = round(x / scale) + zero_point; the rounding passes gradients, so d output / d scale is
     q − zero_point − x / scale inside the range, and q − zero_point where `x` is clipped. gradient_scale multiplies it.
     """
@@ -180,7 +181,8 @@ def prepare(model, policy, calibration=None, *, scales="mixed", mask=True, gradi
     gradient_scale: of `LearnedScale`, None for LSQ's.
 
     Raises `ValueError` for a network without convolution or linear layer, a layer name in `policy.layers` that there is not,
-    and a calibration set that is needed and missing or empty.
+    a calibration set that is needed and missing or empty, and as `simulate.quantize` does: among others for a
+    network that has been through here already.
     """
     if scales not in SCALES:
         raise ValueError(f"scales must be one of {', '.join(SCALES)}, got {scales!r}")
@@ -208,9 +210,9 @@ def prepare(model, policy, calibration=None, *, scales="mixed", mask=True, gradi
             w = _times(layer.weight.detach(), _fold_factor(norm, layer.weight))
             rounded = weight_quantizer(simulate.weight_qparams(w, policy, weight_bits), weight_bits, w)
             parametrize.register_parametrization(layer, "weight", WeightQuantizer(rounded, norm))
-        if activation_bits is not None:
-            first = start[name].input_quantizer.qparams()
-            simulate.set_input_quantizer(layer, input_quantizer(first, activation_bits))
+        # A layer that is never called, and that `policy.layers` leaves out, has none either.
+        if (first := getattr(start[name], "input_quantizer", None)) is not None:
+            simulate.set_input_quantizer(layer, input_quantizer(first.qparams(), activation_bits))
     model.policy = policy
     return model.train()
 
@@ -243,7 +245,7 @@ def convert(prepared):
     """Return the network that `prepared` has become, as `simulate.quantize` returns it: evaluation mode, rounded weights.
 
     Batch norms are folded if the policy says so. Weight scales are rounded to FP16 values, because that is how they are
-    stored. Raises `ValueError` for a network that is not from `prepare`.
+    stored. Raises `ValueError` for a network that is not from `prepare`, and for scales that FP16 has not.
     """
     if not isinstance(getattr(prepared, "policy", None), simulate.Policy):
         raise ValueError(f"expected a network from qat.prepare, got {type(prepared).__name__}")
@@ -261,7 +263,7 @@ def convert(prepared):
         model = weights.fold_batch_norm(model)
     for name, (w, qparams) in chosen.items():
         # The integers stay as trained.
-        stored = replace(qparams, scale=qparams.scale.half().float().clamp(min=SMALLEST))
+        stored = replace(qparams, scale=simulate.fp16_scale(qparams.scale))
         layer = weights.layers(model)[name]
         layer.weight = nn.Parameter(affine.dequantize(affine.quantize(w, qparams), stored))
         layer.weight_qparams = stored
@@ -273,7 +275,8 @@ def _times(w, factor):
 
 
 def _over(scale, factor):
-    return scale if factor is None else scale / factor
+    """Return scale / factor; by 0, where the batch norm deletes the channel whatever its weights, nothing is divided."""
+    return scale if factor is None else scale / torch.where(factor == 0, 1.0, factor)
 
 
 @torch.no_grad()
@@ -281,5 +284,5 @@ def _fold_factor(norm, w):
     """Return what folding `norm` multiplies the weights `w` by, in a shape that broadcasts against them; None without one."""
     if norm is None:
         return None
-    f = norm.weight / (norm.running_var + norm.eps).sqrt()
-    return torch.where(f == 0, 1.0, f).reshape(-1, *[1] * (w.ndim - 1))  # by 0 nothing could be divided again
+    gamma = 1.0 if norm.weight is None else norm.weight
+    return (gamma / (norm.running_var + norm.eps).sqrt()).reshape(-1, *[1] * (w.ndim - 1))

@@ -363,7 +363,7 @@ def markdown(report, pictures):
 
 def table(report):
     """Return a report's ladder as a `Table`, the slowest rung first."""
-    first, rungs = report["ladder"][0]["name"], sorted(report["ladder"], key=lambda rung: -rung["ms"]["median"])
+    first, rungs = report["ladder"][0]["name"], sorted(report["ladder"], key=lambda rung: rung["over_eager"]["value"])
     columns = [
         "",
         "median ms",

@@ -40,11 +40,11 @@ def scan(model, policy, batches):
     found = []
     for name, (bits, _) in policy.bits(model).items():
         layer = weights.layers(model)[name]
-        original = layer.weight.data
-        layer.weight.data = affine.fake_quantize(original, simulate.weight_qparams(original, policy, bits))
+        original = layer.weight
+        weights.set_weight(layer, affine.fake_quantize(original, simulate.weight_qparams(original, policy, bits)))
         logits = [model(images).log_softmax(1) for images, _ in batches]
-        sqnr = affine.sqnr(original, layer.weight.data)
-        layer.weight.data = original
+        sqnr = affine.sqnr(original, layer.weight)
+        layer.weight = original
         found.append(Sensitivity(name, original.numel(), sqnr, *_against(expected, logits)))
     return found
 

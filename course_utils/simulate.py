@@ -34,9 +34,10 @@ class Policy:
     range per tensor), or None for float32. granularity: of the weight scales: `"tensor"`, `"channel"` (per output channel) or
     a number of weights that share one within a row. symmetric: weights without a zero point. clip: range of the weights,
     `"minmax"` or `"mse"` (`affine.choose_qparams`). observer: range of the activations, a key of `OBSERVERS`.
-    first_last: bits of weights and activations of the first and the last layer, where the policy quantizes them at all; by
-    default they are like the others. layers: bits of the weights of single layers by name (None for float32); goes before
-    everything else. fold: batch norms are folded into the weights first.
+    first_last: bits of weights and activations of the first and the last layer, in the order in which they are registered
+    (`weights.layers`), where the policy quantizes them at all; by default they are like the others. layers: bits of the
+    weights of single layers by name (None for float32); goes before everything else. fold: batch norms are folded into the
+    weights first, for which `torch.fx` must be able to trace a network that has some.
 
     Raises `ValueError` for values that are none of these.
     """
@@ -94,7 +95,7 @@ class Policy:
                 f"no convolution or linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(names)}"
             )
         found = dict.fromkeys(names, (self.weights, self.activations))
-        if self.first_last is not None:
+        if self.first_last is not None and names:
             ends = tuple(b and self.first_last for b in (self.weights, self.activations))
             found |= {names[0]: ends, names[-1]: ends}
         return found | {name: (b, found[name][1]) for name, b in self.layers.items()}
@@ -129,30 +130,43 @@ def quantize(model, policy, calibration=None):
     """Return a copy of `model` (evaluation mode) that computes as `policy` says; biases and sums stay float32.
 
     calibration: batches of images, or of `(images, labels)` as `data.batches` yields them, to choose the ranges of activations
-    by; labels are not used. Raises `ValueError` when it is needed and missing or empty, and for layers the model has not.
+    by; labels are not used. Raises `ValueError` when it is needed and missing or empty, for layers the model has not, for
+    layers whose activations are to be quantized and that are never called, and as `prepare` does.
     """
     model = quantize_weights(prepare(model, policy), policy)
     return model if policy.activations is None else quantize_activations(model, policy, calibration)
 
 
 def prepare(model, policy):
-    """Return the float32 network that `policy` starts from: a copy of `model` in evaluation mode, batch norms folded or not."""
+    """Return the float32 network that `policy` starts from: a copy of `model` in evaluation mode, batch norms folded or not.
+
+    Raises `ValueError` for layers the model has not, for weights that are to be rounded and are no parameter or not float32
+    (`weights.check_weights`), and for batch norms that are to be folded in a network that `torch.fx` cannot trace.
+    """
+    weights.check_weights(model, [name for name, (bits, _) in policy.bits(model).items() if bits is not None])
     return weights.fold_batch_norm(model) if policy.fold else copy.deepcopy(model).eval()
 
 
 def quantize_weights(model, policy):
-    """Return a copy of `model` whose weights are rounded to nearest; each such layer has its `QParams` as `weight_qparams`."""
+    """Return a copy of `model` whose weights are rounded to nearest; each such layer has its `QParams` as `weight_qparams`.
+
+    A matrix that a layer shares with another module, as a language model's head may with the embedding (tied weights), is
+    rounded in the layer alone: in the copy each has its own. model: as `prepare` returns it.
+    """
     model = copy.deepcopy(model)
     for name, (bits, _) in policy.bits(model).items():
         if bits is not None:
             layer = weights.layers(model)[name]
             layer.weight_qparams = weight_qparams(layer.weight.data, policy, bits)
-            layer.weight.data = affine.fake_quantize(layer.weight.data, layer.weight_qparams)
+            weights.set_weight(layer, affine.fake_quantize(layer.weight.data, layer.weight_qparams))
     return model
 
 
 def weight_qparams(w, policy, bits):
-    """Return the `QParams` of one layer's weights; scales are rounded to FP16 values, because that is how they are stored."""
+    """Return the `QParams` of one layer's weights; scales are rounded to FP16 values, because that is how they are stored.
+
+    Raises `ValueError` for weights so large that their scale has none.
+    """
     size = policy.granularity if isinstance(policy.granularity, int) else None
     chosen = affine.choose_qparams(
         w,
@@ -163,8 +177,15 @@ def weight_qparams(w, policy, bits):
         ragged=True,
         clip=policy.clip,
     )
-    # FP16 has no scale below 2^-24; weights that small become zeros.
-    return replace(chosen, scale=chosen.scale.half().float().clamp(min=2.0**-24))
+    return replace(chosen, scale=fp16_scale(chosen.scale))
+
+
+def fp16_scale(scale):
+    """Return the scales `scale` rounded to FP16 values, as float32; raises `ValueError` for one beyond the largest, 65504."""
+    stored = scale.half().float()
+    if stored.isinf().any():
+        raise ValueError(f"a scale of {float(scale.max()):.3g} cannot be stored in FP16: the weights are too large")
+    return stored.clamp(min=2.0**-24)  # FP16 has none below that; weights that small become zeros
 
 
 def quantize_activations(model, policy, calibration):
@@ -172,7 +193,8 @@ def quantize_activations(model, policy, calibration):
 
     The ranges are those of `model` as it is given, with its rounded weights, and activations still in float32.
     Each layer gets its quantizer as a submodule `input_quantizer`, which acts before the layer's own forward.
-    Raises `ValueError` for a missing or empty calibration set, and for a model whose activations are quantized already.
+    Raises `ValueError` for a missing or empty calibration set, for a layer that is never called (unless `policy.layers` leaves
+    it in float32: then it is left alone), and for a model whose activations are quantized already.
     """
     ranges = Calibration(model, policy)
     ranges.observe(calibration or ())
@@ -191,7 +213,7 @@ class Calibration:
         if any(isinstance(module, FakeQuantize) for module in model.modules()):
             raise ValueError("the activations of this model are quantized already: start from the one without")
         self.bits = {name: bits for name, (_, bits) in policy.bits(model).items() if bits is not None}
-        self.seen = {name: OBSERVERS[policy.observer]() for name in self.bits}
+        self.seen = {}
         self.images = 0
 
     @torch.no_grad()
@@ -200,7 +222,7 @@ class Calibration:
 
         def hook(name):
             def observe(layer, args):
-                self.seen[name].observe(args[0])
+                self.seen.setdefault(name, OBSERVERS[self.policy.observer]()).observe(args[0])
 
             return observe
 
@@ -215,15 +237,31 @@ class Calibration:
                 each.remove()
 
     def quantized(self):
-        """Return a copy of the model that rounds within the ranges so far; raises `ValueError` before the first image."""
+        """Return a copy of the model that rounds within the ranges so far.
+
+        Raises `ValueError` before the first image, and for layers that no image came to (see `quantize_activations`).
+        """
         if not self.images:
             raise ValueError(
                 f"the calibration set is empty: {self.policy} needs real images to choose activation ranges by"
             )
+        left_out = {name for name, bits in self.policy.layers.items() if bits is None}
+        missing = [name for name in self.bits if name not in self.seen and name not in left_out]
+        if missing:
+            raise never_called(missing)
         model = copy.deepcopy(self.model)
-        for name, bits in self.bits.items():
-            set_input_quantizer(weights.layers(model)[name], FakeQuantize(self.seen[name].qparams(bits=bits)))
+        layers = weights.layers(model)
+        for name, observer in self.seen.items():
+            set_input_quantizer(layers[name], FakeQuantize(observer.qparams(bits=self.bits[name])))
         return model
+
+
+def never_called(names):
+    """Return the `ValueError` for layers whose inputs are needed, but whose forward was not called."""
+    return ValueError(
+        f"no input ever came to {', '.join(names)}: the network does not call such a layer, or takes only its weights, as "
+        f"nn.MultiheadAttention does with out_proj; leave it out with Policy(layers={dict.fromkeys(names)})"
+    )
 
 
 def set_input_quantizer(layer, quantizer):
@@ -260,23 +298,28 @@ def size(model, policy):
     """Return the `Size` of `model` stored as `policy` says: the tensors of `int4.save_packed`, without the file's header.
 
     Integers of each layer are packed without gaps; biases, layers that stay float32 and whatever else there is (batch norms
-    that are not folded) are stored as FP16. Activations are not stored; neither are their ranges counted.
+    that are not folded) are stored as FP16. A tensor with several names counts once; one that a rounded layer shares with an
+    embedding counts for both, since `quantize` rounds that of the layer alone. Activations are not stored; neither are their
+    ranges counted. Raises `ValueError` as `prepare` does.
     """
     model = prepare(model, policy)
-    stored = Counter()
+    stored, rounded = Counter(), set()
     for name, (bits, _) in policy.bits(model).items():
-        w = weights.layers(model)[name].weight
         if bits is None:
-            stored["rest"] += 2 * w.numel()
             continue
-        scales = weight_scales(w, policy)
+        layer = weights.layers(model)[name]
+        w, scales = layer.weight, weight_scales(layer.weight, policy)
+        rounded.add(layer)
         stored["weights"] += -(-w.numel() * bits // 8)
         stored["scales"] += 2 * scales
         stored["zero_points"] += 0 if policy.symmetric else -(-scales * bits // 8)
-    layer_weights = {f"{name}.weight" for name in weights.layers(model)}
-    for key, tensor in model.state_dict().items():
-        if key not in layer_weights:
-            stored["rest"] += tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
+    rest = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        owner, _, kind = key.rpartition(".")
+        if kind != "weight" or model.get_submodule(owner) not in rounded:
+            rest[id(tensor)] = tensor
+    for tensor in rest.values():
+        stored["rest"] += tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
     return Size(**{part: stored[part] for part in ("weights", "scales", "zero_points", "rest")})
 
 

@@ -191,7 +191,10 @@ def overhead(fn, *, calls=40, rounds=10):
 
     What it takes is that of timing an empty function, `calls` times and with all that comes before and after, divided by
     `calls`. (A loop over `fn` itself, with and without `latency`, differs by less than such loops differ among themselves.)
+    Raises `ValueError` for fewer than 6 calls, which are two contenders by the 3 rounds that `latency` needs, or 3 rounds.
     """
+    if calls < 6 or rounds < 3:
+        raise ValueError(f"the overhead takes at least 6 calls and 3 rounds, got {calls} and {rounds}")
 
     def empty():
         return sum(range(100))  # a microsecond, for clocks that do not see less

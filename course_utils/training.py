@@ -5,6 +5,8 @@
 Under `torchrun` the same call trains with several processes (DistributedDataParallel).
 """
 
+import functools
+import hashlib
 import math
 import time
 import zipfile
@@ -30,6 +32,20 @@ class Diverged(ArithmeticError):
         self.step, self.kept = step, kept
 
 
+def _back_on_the_cpu(train):
+    """Let the model of a training come back to the CPU however the training ends."""
+
+    @functools.wraps(train)
+    def trained(model, *args, **kwargs):
+        try:
+            return train(model, *args, **kwargs)
+        finally:
+            model.to("cpu")
+
+    return trained
+
+
+@_back_on_the_cpu
 def finetune(
     model,
     images,
@@ -54,15 +70,18 @@ def finetune(
     falls to zero along a half cosine. freeze_at: share of the steps after which quantization ranges and batch-norm statistics
     stand still, so that the last steps train the network that will be converted (Krishnamoorthi 2018, section 4; Jacob et al.
     2018, section 3.1). SGD with momentum 0.9 on the cross-entropy with the true labels. bf16: autocast to BF16, except on a
-    processor without arithmetic for it. device: where to train; the model comes back to the CPU. on_step: called as
-    `on_step(step, model)` after each step.
+    processor without arithmetic for it. device: where to train; the model comes back to the CPU, whatever happens. on_step:
+    called as `on_step(step, model)` after each step.
 
     resume: a file that keeps the state every `save_every` steps; if it is there, training goes on from it and ends as if
-    nothing had happened. It is removed at the end. In a process group (`torchrun`), `batch_size` is that of all processes
-    together, and each computes its share; batch norms that still train see their own share only.
+    nothing had happened. It is removed at the end. With it are kept the settings, a checksum of images and labels, and one of
+    the names and shapes of the parameters: a file where any of them is another, or missing, is of another training.
+
+    In a process group (`torchrun`), `batch_size` is that of all processes together, and each computes its share; batch norms
+    that still train see their own share only.
 
     Raises `ValueError` for fewer than 1 step, a batch that the processes cannot share, and a `resume` file that is damaged
-    or of another training; `Diverged` when the loss is not a number.
+    or of another training, which leaves the model's weights alone; `Diverged` when the loss is not a number.
     """
     rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     if steps < 1:
@@ -82,6 +101,8 @@ def finetune(
         "bf16": bf16,
         "policy": str(getattr(model, "policy", None)),
     }
+    if resume is not None:
+        settings |= {"images": _images_checksum(images), "parameters": _parameters_checksum(model)}
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     history = _load(resume, parts, generator, settings)
     network = model
@@ -113,7 +134,6 @@ def finetune(
         if resume is not None and rank == 0 and (step + 1) % save_every == 0:
             _save(resume, parts, generator, settings, history)
     optimizer.zero_grad()  # gradients take as much memory as the weights
-    model.to("cpu")
     if resume is not None and rank == 0:
         Path(resume).unlink(missing_ok=True)
     return history
@@ -140,6 +160,19 @@ def _mean(loss, world):
     if world > 1:
         distributed.all_reduce(mean)
     return mean.item() / world
+
+
+def _images_checksum(images):
+    digest = hashlib.sha256(f"{images.size} {tuple(images.pixels.shape)}".encode())
+    for tensor in (images.pixels, images.labels):
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()[:12]
+
+
+def _parameters_checksum(model):
+    # Without buffers: those of torch's observers get another shape with the first batch.
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+    return hashlib.sha256(str(shapes).encode()).hexdigest()[:12]
 
 
 def _save(path, parts, generator, settings, history):

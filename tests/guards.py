@@ -13,7 +13,7 @@ from course_utils.tools.clean import WIDGET_STATE, clean, to_text
 
 MAX_BYTES = 1_000_000
 NOT_COMPARED = {"nbval-ignore-output", "nbval-skip"}
-NUMBERS_VARY = "numbers-vary"  # compared but for its numbers (`tests/numbers_vary.py`)
+NUMBERS_VARY = "numbers-vary"  # compared but for its numbers (`tests/nbval_plugin.py`)
 REASONS = {"times-things", "this-machine", "trains"}
 # What a viewer of notebooks shows and does not run; of these, HTML and pictures in text are looked into.
 SHOWN = {

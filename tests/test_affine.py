@@ -104,6 +104,7 @@ def test_a_symmetric_unsigned_map_keeps_the_positive_half():
     x = torch.tensor([-1.0, 0.0, 1.0, 3.0])
     qparams = affine.choose_qparams(x, symmetric=True, signed=False, bits=2)
     assert affine.quantize(x, qparams).tolist() == [0, 0, 1, 3]
+    assert not affine.fake_quantize(-x.abs(), affine.choose_qparams(-x.abs(), symmetric=True, signed=False)).any()
 
 
 def test_halves_are_rounded_to_even():
@@ -147,6 +148,12 @@ def test_the_arguments_are_left_alone():
     before = x.clone()
     affine.fake_quantize(x, affine.choose_qparams(x, group_size=2))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("clip", affine.CLIPS)
+def test_the_parameters_of_a_layers_weight_have_no_gradient(clip):
+    layer = torch.nn.Linear(8, 4)
+    assert not affine.choose_qparams(layer.weight, symmetric=True, axis=0, clip=clip).scale.requires_grad
 
 
 def test_groups_run_within_the_flattened_rows():

@@ -111,7 +111,9 @@ def test_all_ways_multiply_by_the_same_weights():
         assert y.dtype == torch.float32 and y.shape == (5, 96)
         # the inputs of ONNX Runtime's way are rounded to 8 bits
         assert relative(y, x @ stand_for.get(name[:4], w).T) < 0.015, name
-        assert bits == {"FP32": 32, "BF16": 16, "INT8": 8, "INT4": 4.125}[name[:4]]
+        assert bits == {"FP32": 32, "BF16": 16, "INT8": 8, "INT4": 4.25}[name[:4]]
+        if isinstance(layer := make(w), weight_only.Int4Linear):
+            assert bits == 8 * sum(stored.nbytes for stored in layer.buffers()) / w.numel()
     assert ("INT4 weights, ONNX Runtime" in ways) == (
         importlib.util.find_spec("onnxruntime") is not None and importlib.util.find_spec("onnx") is not None
     )

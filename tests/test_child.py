@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -32,6 +33,14 @@ def test_peak_memory_is_what_the_function_took_even_if_it_gave_it_back():
     assert found.added == pytest.approx(200e6, rel=0.1)
     assert found.total > found.added
     assert psutil.Process().memory_info().rss < mine + 100e6
+
+
+def test_on_a_mac_the_peak_is_what_the_system_says(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(child, "Path", lambda path: tmp_path / "absent")
+    monkeypatch.setattr(child, "sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2**40))
+    assert child._peak_rss() == 2**40
 
 
 def test_the_error_of_the_measured_function_comes_through():

@@ -235,7 +235,7 @@ def test_drift_judges_the_report_of_the_comparison(bare):
     assert '--junitxml=results/drift/nightly.xml"' in printed
     assert ".venv-nightly/bin/python -m course_utils.tools.drift results/drift/nightly.xml" in printed
     assert (
-        "-m pytest -p tests.numbers_vary" in printed
+        "-m pytest -p tests.nbval_plugin" in printed
         and "--nbval --nbval-current-env" in printed
         and '".[test' in printed
     )

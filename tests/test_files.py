@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from course_utils import files
 
@@ -197,3 +198,12 @@ def test_without_a_home_that_takes_files_it_goes_to_the_temporary_folder(tmp_pat
 
     monkeypatch.setattr(files.Path, "home", nowhere)
     assert files.cache_dir() == files.temporary_dir()
+
+
+def test_tensors_of_any_strides_are_saved(tmp_path):
+    tensors = {"a": torch.arange(24.0).reshape(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)}
+    tensors["b"] = tensors["a"].flatten(1).T[::2]
+    files.save_tensors(tmp_path / "tensors", tensors, {"n": 1})
+    facts, found = files.load_tensors(tmp_path / "tensors", remedy="")
+    files.check_tensors(tmp_path / "tensors", facts, found, remedy="")
+    assert facts == {"n": 1} and all(torch.equal(found[key], tensors[key]) for key in tensors)

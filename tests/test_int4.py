@@ -1,3 +1,4 @@
+import copy
 import json
 from dataclasses import replace
 
@@ -101,6 +102,13 @@ def test_groups_that_do_not_divide_a_row_are_refused():
         int4.quantize_groupwise(torch.ones(2, 3, 2), group_size=4)
 
 
+def test_a_scale_that_half_precision_cannot_hold_is_refused():
+    w = torch.ones(2, 8)
+    w[1, 3] = 1e6
+    with pytest.raises(ValueError, match="FP16"):
+        int4.quantize_groupwise(w, group_size=4)
+
+
 def test_bits_per_weight_count_scales_and_zero_points():
     assert int4.bits_per_weight(4, 32) == 4.5
     assert int4.bits_per_weight(4, 32, symmetric=False) == 4.625
@@ -202,6 +210,63 @@ def test_a_network_that_is_quantized_already_is_stored_as_it_is(tmp_path, mobile
         before, after = quantized(images), loaded(images)
     # Biases became FP16, which can carry an activation over to its neighbour.
     assert (before - after).square().mean() < 1e-3 * before.square().mean()
+
+
+@pytest.mark.parametrize("fold", [True, False])
+def test_a_network_with_quantized_activations_alone_keeps_its_weights(tmp_path, resnet18, images, fold):
+    policy = simulate.Policy(weights=None, activations=8, fold=fold)
+    quantized = simulate.quantize(resnet18, policy, [images])
+    int4.save_packed(quantized, tmp_path / "model")
+    loaded = int4.load_packed(tmp_path / "model")
+    for name, layer in weights.layers(quantized).items():
+        assert torch.equal(weights.layers(loaded)[name].weight, layer.weight.half().float()), name
+        assert vars(weights.layers(loaded)[name].input_quantizer.qparams()) == vars(layer.input_quantizer.qparams())
+
+
+def replaced_head(resnet18, images):
+    model = copy.deepcopy(resnet18)
+    model.fc = torch.nn.Linear(512, 7)
+    return model
+
+
+def equalized(mobilenet_v2, images):
+    return simulate.quantize(rounding.cross_layer_equalization(mobilenet_v2), simulate.Policy(granularity="tensor"))
+
+
+def corrected(resnet18, images):
+    return rounding.bias_correction(resnet18, simulate.quantize(resnet18, simulate.Policy(fold=False)), [images])
+
+
+def prepared(resnet18, images):
+    return qat.prepare(resnet18, simulate.Policy(weights=4, activations=8), [images])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("resnet18", replaced_head, r"fc.weight is \(7, 512\), expected \(10, 512\); fc.bias .* num_classes"),
+        ("mobilenet_v2", equalized, r"features.0.2.caps is \(32, 1, 1\), expected none; .* and 3\d more.* ReLU6"),
+        ("resnet18", corrected, r"conv1.bias is \(64,\), expected none; .* fold batch norms before bias_correction"),
+        ("resnet18", prepared, "conv1.parametrizations.weight.original .* qat.convert"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_refused_before_it_is_written(tmp_path, request, images, name, change, said):
+    model = change(request.getfixturevalue(name), images)
+    (tmp_path / "model").write_text("what was there")
+    with pytest.raises(ValueError, match=said):
+        int4.save_packed(model, tmp_path / "model")
+    assert (tmp_path / "model").read_text() == "what was there" and len(list(tmp_path.glob("*model*"))) == 1
+
+
+def test_the_layout_of_weights_in_memory_does_not_matter(tmp_path, resnet18, images):
+    model = copy.deepcopy(resnet18).to(memory_format=torch.channels_last)
+    policy = simulate.Policy(weights=4, layers={"conv1": None})
+    for network in (model, resnet18):
+        int4.save_packed(simulate.quantize(network, policy), tmp_path / "model")
+        loaded = int4.load_packed(tmp_path / "model")
+        with torch.no_grad():
+            assert loaded(images).shape == (len(images), 10)
+    assert loaded.conv1.weight.is_contiguous() and torch.equal(loaded.fc.bias, resnet18.fc.bias.half().float())
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.5, 0.9999])

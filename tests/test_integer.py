@@ -91,6 +91,17 @@ def test_a_convolution_is_the_sum_of_its_products(geometry, side, zero_point, se
     assert found.dtype == torch.int32 and torch.equal(found.double(), exact)
 
 
+@pytest.mark.parametrize("geometry", [{}, {"dilation": 2}, {"groups": 2}, {"stride": 2, "padding": 1}])
+@pytest.mark.parametrize("side", [7, 11])
+def test_a_batch_without_images_has_accumulators_of_none(geometry, side):
+    q = torch.zeros(0, 4, side, side, dtype=torch.uint8)
+    w = torch.full((6, 4 // geometry.get("groups", 1), 3, 3), 127, dtype=torch.int8)
+    acc = integer.conv2d_accumulate(q, w, zero_point=3, **geometry)
+    expected = F.conv2d(q.float(), w.float(), **geometry).shape
+    assert acc.dtype == torch.int32 and acc.shape == expected
+    assert integer.PairSaturation(w, **geometry)(q, 3).shape == expected
+
+
 def test_padding_adds_real_zeros():
     q = torch.full((1, 1, 2, 2), 5, dtype=torch.uint8)
     w = torch.ones(1, 1, 3, 3, dtype=torch.int8)

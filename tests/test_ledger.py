@@ -1,5 +1,8 @@
 import json
+import threading
+import time
 
+import filelock
 import pytest
 
 from course_utils import files, ledger, measure
@@ -82,6 +85,25 @@ def test_only_numbers_are_recorded(tmp_path, value):
     assert not (tmp_path / "ledger.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("interval", "said"),
+    [
+        ({"low": 0.5}, "low=0.5 and high=None: give both"),
+        ({"high": 0.5}, "low=None and high=0.5: give both"),
+        ({"low": 0.5, "high": float("inf")}, "two finite numbers"),
+        ({"low": float("nan"), "high": 1}, "two finite numbers"),
+        ({"low": "0", "high": 1}, "two finite numbers"),
+        ({"low": False, "high": True}, "two finite numbers"),
+        ({"n": "forty"}, "number for n, of size of INT8, got 'forty'"),
+    ],
+)
+def test_what_would_make_the_ledger_unreadable_is_not_recorded(tmp_path, interval, said):
+    with pytest.raises(ValueError, match=said):
+        ledger.record("INT8", "size", 1, **interval)
+    assert not (tmp_path / "ledger.json").exists()
+    assert ledger.get("INT8", "size") is None
+
+
 def test_an_unknown_source_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="'guessed'.*measured, estimated, cited"):
         ledger.record("INT8", "size", 1, source="guessed")
@@ -130,6 +152,43 @@ def test_an_interrupted_record_keeps_the_old_ledger(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ledger.record("INT8", "size", 2)
     assert (tmp_path / "ledger.json").read_bytes() == before and not list(tmp_path.glob(".*partial"))
+
+
+def record_some(subject):
+    for number in range(20):
+        ledger.record(subject, f"quantity {number}", number, source="cited")
+
+
+def test_no_number_is_lost_when_several_record_at_the_same_time(tmp_path, monkeypatch):
+    read = ledger.read
+    # Time for another to come between.
+    monkeypatch.setattr(ledger, "read", lambda path: (read(path), time.sleep(0.002))[0])
+    writers = [threading.Thread(target=record_some, args=(f"notebook {i}",)) for i in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert {subject: len(found) for subject, found in own(tmp_path)["records"].items()} == {
+        f"notebook {i}": 20 for i in range(3)
+    }
+
+
+def test_where_there_can_be_no_lock_numbers_are_recorded_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / ".ledger.json.lock").mkdir()  # in the way
+    ledger.record("INT8", "size", 1)
+    (tmp_path / ".ledger.json.lock").rmdir()
+    monkeypatch.setattr(ledger, "PATIENCE", 0.1)
+    with filelock.FileLock(tmp_path / ".ledger.json.lock"):  # of one that hangs
+        other = threading.Thread(target=ledger.record, args=("INT8", "size", 2))
+        other.start()
+        other.join()
+    assert ledger.get("INT8", "size")["value"] == 2
+
+
+def test_the_folder_of_a_ledger_is_made(tmp_path, monkeypatch):
+    monkeypatch.setenv("COURSE_LEDGER", str(tmp_path / "deep" / "er" / "ledger.json"))
+    ledger.record("INT8", "size", 1)
+    assert ledger.get("INT8", "size")["value"] == 1
 
 
 def test_the_file_does_not_depend_on_the_order_of_recording(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from course_utils import backends, child, energy, isa, measure, profiling, timing
+from course_utils import backends, child, energy, isa, measure, profiling, qat, timing
 from course_utils.stats import Proportion, mcnemar
 
 
@@ -42,6 +42,51 @@ def test_measuring_happens_in_evaluation_mode_without_gradients_and_restores_the
     measure.accuracy(model, numbered([0, 1, 1]))
     measure.compare(model, model, numbered([0, 1, 1]))
     assert set(model.seen) == {(False, False)} and model.training is training
+
+
+def small(dropout=0.5):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(dropout), nn.Flatten(), nn.Linear(144, 3))
+
+
+MEASURES = {
+    "accuracy": measure.accuracy,
+    "predictions": measure.predictions,
+    "compare": lambda model, batches: measure.compare(model, model, batches),
+}
+
+
+@pytest.mark.parametrize("measured", MEASURES.values(), ids=MEASURES)
+def test_a_frozen_batch_norm_stays_frozen(measured):
+    model = small().train()
+    qat.freeze(model)
+    measured(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))])
+    assert [part.training for part in model] == [True, False, True, True, True] and model.training
+
+
+@pytest.mark.parametrize("measured", MEASURES.values(), ids=MEASURES)
+def test_a_part_in_training_mode_is_evaluated_too_and_goes_back(measured):
+    model, modes = small().eval(), []
+    model[2].train()
+    model[2].register_forward_pre_hook(lambda dropout, args: modes.append(dropout.training))
+    measured(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))])
+    assert not any(modes) and [part.training for part in model] == [False, False, True, False, False]
+
+
+def test_every_mode_is_restored_when_the_model_or_a_label_fails():
+    model = small().train()
+    qat.freeze(model)
+    for batch in [(torch.randn(2, 2, 8, 8), torch.tensor([0, 1])), (torch.randn(2, 3, 8, 8), torch.tensor([0, 1, 2]))]:
+        with pytest.raises(RuntimeError):
+            measure.accuracy(model, [batch])
+        assert [part.training for part in model] == [True, False, True, True, True] and torch.is_grad_enabled()
+
+
+def test_exported_networks_in_training_go_back_to_it():
+    pytest.importorskip("torchao", reason="torchao is not installed (make setup)")
+    prepared = backends.prepare_qat(small(), engine="pt2e", image_shape=(3, 8, 8))
+    x = torch.randn(2, 3, 8, 8)
+    measure.accuracy(prepared, [(x, torch.tensor([0, 1]))])
+    assert prepared.training and not torch.equal(prepared(x), prepared(x))  # dropout
 
 
 def test_gradients_are_on_again_after_measuring():

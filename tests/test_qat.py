@@ -272,6 +272,59 @@ def test_a_batch_norm_that_deletes_a_channel_is_no_division_by_zero(x):
     assert prepared.eval()(x).isfinite().all() and qat.convert(prepared)(x).isfinite().all()
 
 
+@pytest.mark.parametrize("scales", ["learned", "observed"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_a_channel_that_a_batch_norm_deletes_stays_deleted(granularity, scales, x):
+    model, policy = tiny(), Policy(weights=4, granularity=granularity)
+    with torch.no_grad():
+        model[1].weight[3] = 0.0
+        model[0].weight[3] *= 100  # which must not widen the range of the others
+    prepared = qat.prepare(model, policy, scales=scales).eval()
+    converted = qat.convert(prepared)
+    assert not converted[0].weight[3].any() and converted[0].weight.any()
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), prepared(x), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(converted(x), simulate.quantize(model, policy)(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+def test_batch_norms_that_lack_something_are_no_obstacle(options, x):
+    model = nn.Sequential(nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8, **options)).eval()
+    prepared = qat.prepare(model, Policy(weights=4)).eval()
+    with torch.no_grad():
+        expected = simulate.quantize(model, Policy(weights=4))(x)
+        torch.testing.assert_close(prepared(x), expected, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(qat.convert(prepared)(x), expected, rtol=1e-2, atol=1e-2)
+
+
+class Auxiliary(nn.Module):
+    """A head that is never called, beside one that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.auxiliary = nn.Linear(28, 4), nn.Linear(28, 4)
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_layers_that_are_never_called_can_be_left_out(calibration):
+    model = Auxiliary().eval()
+    with pytest.raises(ValueError, match=r"came to auxiliary: .*layers={'auxiliary': None}"):
+        qat.prepare(model, W4A8, calibration)
+    prepared = qat.prepare(model, Policy(4, 8, layers={"auxiliary": None}), calibration)
+    assert not hasattr(prepared.auxiliary, "input_quantizer") and hasattr(prepared.head, "input_quantizer")
+    assert qat.convert(prepared).head.weight_qparams.qmax == 7
+
+
+def test_scales_that_fp16_cannot_hold_are_refused_at_the_end():
+    prepared = qat.prepare(tiny(), Policy(weights=4), scales="learned")
+    with torch.no_grad():
+        prepared[6].parametrizations.weight[0].quantizer.scale.fill_(1e6)
+    with pytest.raises(ValueError, match=r"scale of 1e.06 cannot be stored in FP16"):
+        qat.convert(prepared)
+
+
 def test_the_gradient_scale_can_be_switched_off(some, x):
     gradients = []
     for scale in (None, 1.0):
@@ -294,6 +347,14 @@ def test_every_layer_of_the_courses_networks_is_found():
     [
         (nn.Sequential(nn.ReLU()), Policy(weights=4), False, "no convolution or linear layer"),
         (tiny(), Policy(weights=4, layers={"head": 8}), False, "is called head"),
+        (nn.Sequential(nn.ReLU()), Policy(weights=4, first_last=8), False, "no convolution or linear layer"),
+        (tiny().bfloat16(), Policy(weights=4), False, r"call model.float\(\) first"),
+        (
+            qat.prepare(tiny(), Policy(weights=4)),
+            Policy(weights=2),
+            False,
+            "weights of 0 are computed .* or qat.convert",
+        ),
         (tiny(), W4A8, False, "calibration"),
     ],
 )

@@ -139,6 +139,25 @@ def test_correction_needs_images_and_the_same_network(small, resnet18, batches):
         bias_correction(resnet18, quantized, batches)
 
 
+def test_batch_norms_that_cannot_be_folded_leave_the_others_folded():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    ).eval()
+    for norm in (model[0], model[2]):
+        nn.init.uniform_(norm.running_var, 0.2, 3)
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    x = torch.randn(64, 3, 8, 8)
+    for fold in (True, False):
+        quantized = simulate.quantize(model, Policy(weights=3, fold=fold))
+        with torch.no_grad():
+            before, after = (
+                (m(x) - model(x)).square().mean() for m in (quantized, bias_correction(model, quantized, [x]))
+            )
+        assert after < before
+
+
 # --- Cross-layer equalization
 
 
@@ -514,3 +533,84 @@ def test_what_they_cannot_do_is_said(small, batches, repair):
     reflecting = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")).eval()
     with pytest.raises(ValueError, match="zero padding in numbers, got Conv2d.*reflect"):
         repair(reflecting, Policy(weights=4), batches)
+
+
+@pytest.mark.parametrize("repair", [adaround, gptq, awq])
+def test_what_simulate_refuses_they_refuse_too(repair):
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match="weights of 0 are computed anew.*remove_parametrizations"):
+        repair(normed, Policy(weights=2), [torch.randn(8, 8)])
+
+
+class Recurrent(nn.Module):
+    """A layer that is called twice, or so many times, and one that is never called."""
+
+    def __init__(self, times=2):
+        super().__init__()
+        self.times = times
+        self.cell, self.head, self.auxiliary = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.cell(x).relu()
+        return self.head(x)
+
+
+@pytest.mark.parametrize("repair", [adaround, gptq, awq])
+def test_layers_called_twice_or_never_are_named_and_can_be_left_out(repair):
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.randn(64, 8)
+    with pytest.raises(ValueError, match=r"cell is called more than once.*Policy\(layers={'cell': None}\)"):
+        repair(model, Policy(weights=3), [x])
+    with pytest.raises(ValueError, match=r"came to auxiliary:.*Policy\(layers={'auxiliary': None}\)"):
+        repair(model, Policy(weights=3, layers={"cell": None}), [x])
+    quantized, report = repair(model, Policy(weights=3, layers={"cell": None, "auxiliary": None}), [x])
+    assert [r.name for r in report] == ["head"] and torch.equal(quantized.cell.weight, model.cell.weight)
+
+
+def test_bias_correction_refuses_layers_called_twice_and_passes_over_those_never_called():
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    twice, once = Recurrent(2).eval(), Recurrent(1).eval()
+    with pytest.raises(ValueError, match="cell is called more than once"):
+        bias_correction(twice, simulate.quantize(twice, Policy(weights=3)), [x])
+    corrected = bias_correction(once, simulate.quantize(once, Policy(weights=3)), [x])
+    with torch.no_grad():
+        torch.testing.assert_close(corrected(x).mean(0), once(x).mean(0))
+    assert torch.equal(corrected.auxiliary.bias, once.auxiliary.bias)
+
+
+class Tied(nn.Module):
+    """An embedding, and a head that has the same matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("size", torch.logspace(-1, 1, 16))
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens) * self.size)
+
+
+@pytest.mark.parametrize("repair", [adaround, gptq, awq])
+def test_tied_weights_are_changed_in_the_layer_alone(repair):
+    torch.manual_seed(0)
+    model = Tied().eval()
+    quantized, report = repair(model, Policy(weights=3), [torch.randint(32, (16, 20))])
+    assert torch.equal(quantized.embedding.weight, model.embedding.weight)
+    assert levels_of(quantized.head) <= 8 and quantized.head.weight.requires_grad
+    if repair is adaround:
+        chance = random_rounding(model, Policy(weights=3), report)
+        assert torch.equal(chance.embedding.weight, model.embedding.weight) and levels_of(chance.head) <= 8
+
+
+def levels_of(layer):
+    return max(len(row.unique()) for row in layer.weight)
+
+
+def test_the_control_says_its_grid_too(small, learned):
+    """So that `int4.save_packed` stores what is there, instead of rounding it again."""
+    chance = random_rounding(small, Policy(weights=3), learned[1])
+    for layer in weights.layers(chance).values():
+        assert torch.equal(affine.fake_quantize(layer.weight.detach(), layer.weight_qparams), layer.weight)

@@ -250,3 +250,91 @@ def test_a_calibration_goes_on_where_it_was(resnet18, images, observer):
     assert not any(layer._forward_pre_hooks for layer in weights.layers(rounded).values()), (
         "the given model is untouched"
     )
+
+
+class LanguageModel(nn.Module):
+    """An embedding, and a head that has the same matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.embedding(tokens))
+
+
+def test_tied_weights_are_rounded_in_the_layer_alone():
+    model = LanguageModel().eval()
+    quantized = simulate.quantize(model, Policy(2))
+    assert torch.equal(quantized.embedding.weight, model.embedding.weight)
+    assert torch.equal(
+        quantized.head.weight, affine.fake_quantize(model.head.weight.detach(), quantized.head.weight_qparams)
+    )
+    assert (
+        quantized.head.weight.requires_grad
+        and not simulate.quantize(model.requires_grad_(False), Policy(2)).head.weight.requires_grad
+    )
+
+
+def test_the_size_counts_each_tensor_once_whatever_its_names():
+    assert simulate.size(nn.Linear(8, 8, bias=False), Policy(8)) == simulate.Size(64, 16, 0, 0)
+    tied = LanguageModel()
+    assert simulate.size(tied, Policy(None)) == simulate.Size(0, 0, 0, 2 * 128)
+    assert simulate.size(tied, Policy(8)) == simulate.Size(128, 2 * 16, 0, 2 * 128)  # the embedding stays as it is
+    layer = nn.Linear(8, 8)
+    assert simulate.size(nn.Sequential(layer, nn.ReLU(), layer), Policy(4)) == simulate.Size(32, 16, 0, 16)
+    assert simulate.size(nn.Sequential(layer, nn.ReLU(), layer), Policy(None)) == simulate.Size(0, 0, 0, 144)
+
+
+class Auxiliary(nn.Module):
+    """A head that only training calls, and attention, which takes the weights of its last layer only."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head, self.auxiliary = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+def test_layers_that_are_never_called_are_named_and_can_be_left_out():
+    model, x = Auxiliary().eval(), torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(
+        ValueError, match=r"came to attention.out_proj, auxiliary: .*layers={'attention.out_proj': None"
+    ):
+        simulate.quantize(model, Policy(8, 8), [x])
+    left_out = {"attention.out_proj": None, "auxiliary": None}
+    quantized = simulate.quantize(model, Policy(8, 8, layers=left_out), [x])
+    assert [name for name, m in quantized.named_modules() if hasattr(m, "input_quantizer")] == ["head"]
+    assert quantized(x).isfinite().all()
+    assert simulate.quantize(model, Policy(2)).auxiliary.weight_qparams.qmax == 1  # weights need no inputs
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_weights_that_are_no_parameter_are_refused(norm):
+    model = nn.Sequential(norm(nn.Linear(8, 8)), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="weights of 0 are computed anew.*remove_parametrizations"):
+        simulate.quantize(model, Policy(2))
+    quantized = simulate.quantize(model, Policy(2, layers={"0": None}))
+    assert levels(quantized[1].weight[0]) <= 4
+
+
+def test_weights_other_than_float32_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    with pytest.raises(ValueError, match=r"weights of 0 are torch.bfloat16, expected float32: call model.float\(\)"):
+        simulate.prepare(model, Policy(8))
+    assert simulate.quantize(model, Policy(None))[0].weight.dtype == torch.bfloat16
+
+
+def test_a_network_without_layers_has_no_first_and_last():
+    assert Policy(4, first_last=8).bits(nn.Sequential(nn.ReLU())) == {}
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 2])
+def test_scales_that_fp16_cannot_hold_are_refused(granularity):
+    policy = Policy(granularity=granularity)
+    assert simulate.weight_qparams(torch.full((2, 4), 65504.0 * 7), policy, 4).scale.max() == 65504
+    with pytest.raises(ValueError, match="scale of 1.43e.07 cannot be stored in FP16: the weights are too large"):
+        simulate.weight_qparams(torch.full((2, 4), 1e8), policy, 4)

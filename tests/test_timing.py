@@ -235,3 +235,9 @@ def test_the_overhead_is_what_latency_takes_around_an_empty_call(monkeypatch):
     monkeypatch.setattr(timing, "latency", dawdling)
     share, low, high = timing.overhead(lambda: time.sleep(0.02), calls=10, rounds=3)
     assert 0.05 < share < 0.2 and low <= share <= high
+
+
+@pytest.mark.parametrize("arguments", [{"calls": 5}, {"calls": 0}, {"rounds": 2}])
+def test_an_overhead_of_too_few_calls_is_refused(arguments):
+    with pytest.raises(ValueError, match="at least 6 calls and 3 rounds, got"):
+        timing.overhead(int, **arguments)

@@ -37,7 +37,7 @@ def compare(folder, report):
     """Let nbval report on the notebooks of `folder` as `make drift` does, with another limit."""
     options = ["--nbval", "--nbval-current-env", f"--nbval-cell-timeout={LIMIT}", "--color=no", f"--junitxml={report}"]
     options += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg"), "--rootdir", str(folder)]
-    plugins = ["-p", "tests.numbers_vary", "-p", "no:cacheprovider"]
+    plugins = ["-p", "tests.nbval_plugin", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, "-c", os.devnull, *plugins, str(folder)]
     subprocess.run(command, capture_output=True, timeout=120, cwd=ROOT)
 

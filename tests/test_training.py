@@ -194,6 +194,58 @@ def test_the_file_of_another_training_is_refused(some, tmp_path):
     assert path.exists()
 
 
+def test_the_file_of_other_images_or_of_another_network_is_refused_before_anything_is_loaded(some, tmp_path):
+    path = killed_training(some, tmp_path / "tuning.pt")
+    relabelled = data.Images(some.pixels, some.labels.roll(1), some.size)
+    for images in (some.subset(slice(1000)), relabelled, data.Images(some.pixels, some.labels, 32)):
+        with pytest.raises(ValueError, match=r"another training \(images was \w{12}, now \w{12}\)"):
+            training.finetune(tiny(), images, steps=5, resume=path)
+    other = tiny()
+    other[5] = nn.Linear(8 * 8 * 8, 11)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another training \(parameters was \w{12}, now \w{12}\)"):
+        training.finetune(other, some, steps=5, resume=path)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+def test_a_file_that_does_not_say_of_which_images_it_is_is_refused(some, tmp_path):
+    path = killed_training(some, tmp_path / "tuning.pt")
+    state = training.read_state(path)
+    del state["settings"]["images"]
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"another training \(images was None, now \w{12}\).* delete it to start anew"):
+        training.finetune(tiny(), some, steps=5, resume=path)
+
+
+def test_a_network_whose_observers_have_seen_images_goes_on_too(some, tmp_path):
+    path, model = tmp_path / "tuning.pt", backends.prepare_qat(tiny())
+
+    def kill(step, model):
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        training.finetune(model, some, steps=5, resume=path, save_every=2, on_step=kill)
+    assert len(training.finetune(model, some, steps=5, resume=path)) == 5
+
+
+@pytest.mark.parametrize("ending", ["the end", "divergence", "a kill"])
+def test_the_model_comes_back_to_the_cpu_however_training_ends(some, ending):
+    model, places = tiny(), []
+    to = model.to
+    model.to = lambda device, **options: places.append(device) or to(device, **options)
+
+    def stop(step, model):
+        raise Killed
+
+    if ending == "the end":
+        training.finetune(model, some, steps=1)
+    else:
+        with pytest.raises(Killed if ending == "a kill" else training.Diverged):
+            training.finetune(model, some, steps=5, lr=1e38, on_step=stop if ending == "a kill" else None)
+    assert places == ["cpu", "cpu"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "a list", "a flipped bit"])
 def test_a_damaged_file_is_named_with_the_way_on_and_kept(some, tmp_path, damage):
     path = killed_training(some, tmp_path / "tuning.pt")

@@ -69,6 +69,70 @@ def test_a_batch_norm_without_a_convolution_before_it_stays():
     assert batch_norms(weights.fold_batch_norm(model)) == ["0", "2"]
 
 
+class ByKeyword(Branching):
+    """A batch norm that gets its input by keyword."""
+
+    def forward(self, x):
+        return self.norm(input=self.convolution(x))
+
+
+def test_a_batch_norm_called_by_keyword_is_folded_too():
+    torch.manual_seed(0)
+    model, x = ByKeyword().eval(), torch.randn(2, 3, 4, 4)
+    folded = weights.fold_batch_norm(model)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not batch_norms(folded)
+
+
+def test_a_batch_norm_without_running_statistics_stays():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
+    assert batch_norms(weights.fold_batch_norm(model)) == ["1"]
+
+
+class Choosing(Branching):
+    """A forward that decides by what it sees."""
+
+    def forward(self, x):
+        return self.norm(self.convolution(x)) if x.sum() > 0 else x
+
+
+def test_a_network_that_cannot_be_traced_is_refused_with_a_way_out():
+    with pytest.raises(ValueError, match=r"cannot trace Choosing \(.*control flow.*Policy\(fold=False\)"):
+        weights.fold_batch_norm(Choosing())
+
+
+def computed(norm):
+    """A network whose convolution has a weight that `norm` computes in every forward pass."""
+    return nn.Sequential(norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)).eval()
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_weights_that_are_no_parameter_are_refused(norm):
+    model = computed(norm)
+    for function in (weights.fold_batch_norm, lambda m: weights.fake_quantize_weights(m, bits=4)):
+        with pytest.raises(ValueError, match=r"weights of 0 are computed anew.*remove_parametrizations.*qat\.convert"):
+            function(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert len(weights.fake_quantize_weights(weights.fold_batch_norm(model), bits=2)[0].weight[0].unique()) <= 4
+
+
+def test_weights_other_than_float32_are_refused_unless_they_are_kept():
+    model = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    with pytest.raises(ValueError, match=r"weights of 0 are torch.bfloat16, expected float32: call model.float\(\)"):
+        weights.fake_quantize_weights(model, bits=4)
+    with pytest.raises(ValueError, match="weights of the model are torch.float64"):
+        weights.fake_quantize_weights(nn.Linear(2, 2).double(), bits=4)
+    assert weights.fake_quantize_weights(model, bits=4, keep=("0",))[0].weight.dtype == torch.bfloat16
+
+
+def test_tied_weights_are_rounded_in_the_layer_alone():
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16, bias=False))
+    model[1].weight = model[0].weight
+    rounded = weights.fake_quantize_weights(model, bits=2)
+    assert torch.equal(rounded[0].weight, model[0].weight)
+    assert len(rounded[1].weight[0].unique()) <= 4 and model[1].weight is model[0].weight
+
+
 def test_layers_are_the_convolutions_and_linear_layers_in_order(resnet18):
     found = list(weights.layers(resnet18))
     assert len(found) == 21 and found[0] == "conv1" and found[-1] == "fc"

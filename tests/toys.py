@@ -36,7 +36,7 @@ def edit(path, change):
 
 def nbval(folder):
     """Compare the notebooks of `folder` as `make test-notebooks` does; return pytest's report."""
-    options = ["-p", "tests.numbers_vary", "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "900"]
+    options = ["-p", "tests.nbval_plugin", "--nbval", "--nbval-current-env", "--nbval-cell-timeout", "900"]
     options += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg")]
     command = [
         sys.executable,

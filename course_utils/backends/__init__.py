@@ -116,7 +116,7 @@ def needs_headroom(engine):
 def quantize_dynamic(model):
     """Return a copy of `model` whose linear layers hold INT8 weights and quantize their inputs on the fly.
 
-    Convolutions are left as they are: torch has no dynamic kernel for them.
+    Convolutions are left as they are, as by torch.ao.quantization.quantize_dynamic.
     """
     converted, recipe = _load_family("torch_ao").quantize_dynamic(model)
     return _tag(converted, recipe | {"architecture": getattr(model, "architecture", None)}, _layers(model))

@@ -133,7 +133,8 @@ def ways(group_size):
 
     The INT4 ways round to the same integers. ONNX Runtime is among them where it is installed.
     """
-    int4_bits = int4.bits_per_weight(4, group_size)
+    # Not `int4.bits_per_weight`: of each group torch's kernel keeps a BF16 scale and a BF16 offset, ONNX Runtime an FP32 scale.
+    int4_bits = 4 + 32 / group_size
     found = {
         "FP32": (32, lambda w: functools.partial(nn.functional.linear, weight=w)),
         "BF16": (16, lambda w: functools.partial(_in_bf16, w=w.bfloat16())),

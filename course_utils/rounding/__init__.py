@@ -6,7 +6,8 @@
 
 All but equalization go through the network once, with all calibration inputs together, and change each layer when they
 arrive there: what comes in has then gone through the earlier layers as they are quantized and repaired already (`walk`).
-Memory is the price: 256 images of 64 × 64 pixels take 100 MB in the widest layer of MobileNetV2.
+Memory is the price: 256 images of 64 × 64 pixels take 100 MB in the widest layer of MobileNetV2. A layer that is called more
+than once is an error, and a matrix that a layer shares with an embedding (tied weights) is changed in the layer alone.
 """
 
 from .adaround import Rounding, adaround, random_rounding

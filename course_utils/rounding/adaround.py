@@ -39,7 +39,8 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
     output, drawn at random, to learn from. steps, lr: of Adam, per layer. batch_size: places in one step, for layers with
     more weights per channel than places. strength: of the second term against the first. seed: of everything random.
 
-    Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
+    Raises `ValueError` with fewer than 2 images, for convolutions other than `Conv2d` with zero padding in numbers, for layers
+    that are called more than once or never, and as `simulate.quantize` does.
     """
     images = all_images(batches, held_out=True)
     # Still float32: the second pass rounds each layer as the images get there.
@@ -48,13 +49,10 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
     targets, report = {}, []
 
     def remember(name, layer, output):
-        if name in bits:
-            places = Places(layer, output, positions, seed)
-            targets[name] = places, places.outputs(output)
+        places = Places(layer, output, positions, seed)
+        targets[name] = places, places.outputs(output)
 
     def learn(name, layer, x):
-        if name not in bits:
-            return
         places, wanted = targets.pop(name)
         layer.weight_qparams = simulate.weight_qparams(layer.weight.detach(), policy, bits[name])
         grid = _Grid(layer.weight.detach(), layer.weight_qparams)
@@ -64,10 +62,10 @@ def adaround(model, policy, batches, *, steps=200, positions=2048, batch_size=25
         chance = grid.moved_at_random(int((q != grid.nearest).sum()), generator)
         errors = [float(held.error(grid.values(each))) for each in (grid.nearest, q, chance)]
         report.append(Rounding(name, q.numel(), float((q != grid.nearest).double().mean()), *errors))
-        layer.weight.data = grid.values(q)
+        weights.set_weight(layer, grid.values(q))
 
-    go_through(quantized, images, after=remember)
-    go_through(quantized, images, before=learn)
+    go_through(quantized, images, after=remember, names=bits)
+    go_through(quantized, images, before=learn, names=bits)
     if policy.activations is not None:
         quantized = simulate.quantize_activations(quantized, policy, [images])
     return quantized, report
@@ -83,9 +81,12 @@ def random_rounding(model, policy, report, *, seed=0):
     bits, layers = policy.bits(model), weights.layers(model)
     generator = torch.Generator().manual_seed(seed)
     for rounding in report:
-        w = layers[rounding.name].weight
-        grid = _Grid(w.detach(), simulate.weight_qparams(w.detach(), policy, bits[rounding.name][0]))
-        w.data = grid.values(grid.moved_at_random(round(rounding.moved * rounding.weights), generator))
+        layer = layers[rounding.name]
+        w = layer.weight.detach()
+        layer.weight_qparams = simulate.weight_qparams(w, policy, bits[rounding.name][0])
+        grid = _Grid(w, layer.weight_qparams)
+        moved = grid.moved_at_random(round(rounding.moved * rounding.weights), generator)
+        weights.set_weight(layer, grid.values(moved))
     return model
 
 

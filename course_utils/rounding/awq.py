@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .. import affine, simulate
+from .. import affine, simulate, weights
 from .walk import Places, all_images, go_through, problems
 
 STRENGTHS = tuple(step / 20 for step in range(20))
@@ -48,7 +48,8 @@ def awq(model, policy, batches, *, positions=1024, random=False, seed=0):
 
     batches, positions, seed and report are as in `gptq`, the report's entries `Scaling`. random: the control, for which the
     means are dealt out to the channels by chance. Layers with grouped inputs (depthwise convolutions) are rounded to nearest.
-    Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
+    Raises `ValueError` with fewer than 2 images, for convolutions other than `Conv2d` with zero padding in numbers, for layers
+    that are called more than once or never, and as `simulate.quantize` does.
     """
     images = all_images(batches, held_out=True)
     quantized = simulate.prepare(model, policy)
@@ -57,8 +58,6 @@ def awq(model, policy, batches, *, positions=1024, random=False, seed=0):
     report = []
 
     def visit(name, layer, x):
-        if name not in bits:
-            return x
         output = layer.forward(x)
         places = Places(layer, output, positions, seed)
         fit, held = problems(layer, places.inputs(x), places.outputs(output), places.fit)
@@ -75,14 +74,15 @@ def awq(model, policy, batches, *, positions=1024, random=False, seed=0):
             as_seen = rounded / factors.reshape(1, -1, *[1] * (w.ndim - 2)) if strength else rounded
             found.append((float(fit.error(as_seen)), strength, factors, rounded, qparams, float(held.error(as_seen))))
         nearest = found[0][-1]
-        _, strength, factors, layer.weight.data, layer.weight_qparams, error = min(found, key=lambda each: each[0])
+        _, strength, factors, rounded, layer.weight_qparams, error = min(found, key=lambda each: each[0])
+        weights.set_weight(layer, rounded)
         report.append(Scaling(name, w.numel(), strength, nearest, error))
         if not strength:
             return x
         scale_input(layer, InputScale(factors, channel))
         return layer.input_scale(x)  # this pass is under way already
 
-    go_through(quantized, images, before=visit)
+    go_through(quantized, images, before=visit, names=bits)
     if policy.activations is not None:
         quantized = simulate.quantize_activations(quantized, policy, [images])
     return quantized, report

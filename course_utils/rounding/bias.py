@@ -44,5 +44,9 @@ def _channel_means(layer, output):
 
 
 def _same_folding(model, quantized):
-    folded = not any(isinstance(module, nn.BatchNorm2d) for module in quantized.modules())
-    return weights.fold_batch_norm(model) if folded else copy.deepcopy(model).eval()
+    """Return a copy of the float32 network in which the batch norms that `quantized` has no more are folded."""
+    left = [
+        [name for name, module in each.named_modules() if isinstance(module, nn.BatchNorm2d)]
+        for each in (model, quantized)
+    ]
+    return copy.deepcopy(model).eval() if left[0] == left[1] else weights.fold_batch_norm(model)

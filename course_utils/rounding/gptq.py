@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import affine, simulate
+from .. import affine, simulate, weights
 from .walk import Places, all_images, go_through, problems
 
 BLOCK = 128  # columns after which the corrections reach the rest of the matrix
@@ -37,7 +37,8 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
     places in a layer's output, drawn at random, whose inputs make H. damping: share of the mean of H's diagonal that is added
     to it, so that it can be inverted. report: a list of `Compensation`, one a layer.
 
-    Raises `ValueError` with fewer than 2 images, and for convolutions other than `Conv2d` with zero padding in numbers.
+    Raises `ValueError` with fewer than 2 images, for convolutions other than `Conv2d` with zero padding in numbers, for layers
+    that are called more than once or never, and as `simulate.quantize` does.
     """
     images = all_images(batches, held_out=True)
     quantized = simulate.prepare(model, policy)
@@ -45,8 +46,6 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
     report = []
 
     def visit(name, layer, x):
-        if name not in bits:
-            return
         output = layer.forward(x)
         places = Places(layer, output, positions, seed)
         fit, held = problems(layer, places.inputs(x), places.outputs(output), places.fit)
@@ -55,9 +54,10 @@ def gptq(model, policy, batches, *, positions=4096, damping=0.01, seed=0):
         nearest = affine.fake_quantize(w, simulate.weight_qparams(w, policy, bits[name]))
         rounded, qparams = compensate(w, hessian(fit.inputs, damping), policy, bits[name])
         report.append(Compensation(name, w.numel(), float(held.error(nearest)), float(held.error(rounded))))
-        layer.weight.data, layer.weight_qparams = rounded, qparams
+        weights.set_weight(layer, rounded)
+        layer.weight_qparams = qparams
 
-    go_through(quantized, images, before=visit)
+    go_through(quantized, images, before=visit, names=bits)
     if policy.activations is not None:
         quantized = simulate.quantize_activations(quantized, policy, [images])
     return quantized, report

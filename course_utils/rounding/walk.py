@@ -1,6 +1,7 @@
 """Layer after layer through a network: what each one sees, and what it should make of it."""
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,18 @@ from torch.nn import functional as F
 from .. import simulate, weights
 
 
-def go_through(model, images, *, before=None, after=None):
+def go_through(model, images, *, before=None, after=None, names=None):
     """Run `model` once, calling `before(name, layer, input)` and `after(name, layer, output)` at each layer on the way.
 
-    What `before` returns, if anything, takes the place of the input, and what `after` returns that of the output.
+    What `before` returns, if anything, takes the place of the input, and what `after` returns that of the output. names: of
+    the layers to stop at; by default all that are called. Raises `ValueError` for a layer that is called more than once, and
+    for one of `names` that is never called.
     """
-    hooks = []
+    hooks, calls = [], Counter()
     for name, layer in weights.layers(model).items():
+        if names is not None and name not in names:
+            continue
+        hooks.append(layer.register_forward_pre_hook(functools.partial(_count, calls, name)))
         if before is not None:
             hook = functools.partial(_before, before, name)
             hooks.append(layer.register_forward_pre_hook(hook))
@@ -28,6 +34,18 @@ def go_through(model, images, *, before=None, after=None):
     finally:
         for hook in hooks:
             hook.remove()
+    missing = [name for name in names or () if not calls[name]]
+    if missing:
+        raise simulate.never_called(missing)
+
+
+def _count(calls, name, layer, args):
+    calls[name] += 1
+    if calls[name] > 1:
+        raise ValueError(
+            f"{name} is called more than once in one forward pass, and what repairs it for one call is wrong for the others: "
+            f"leave it out with Policy(layers={{{name!r}: None}}); bias_correction is for networks without such a layer"
+        )
 
 
 def _before(visit, name, layer, args):

@@ -2,6 +2,9 @@
 
 Timings, trainings and what hangs on the processor print other numbers each time. Which rows a table has, what its columns are
 called and whether a claim holds stay the same, and a cell that nbval passes over altogether could lose them unseen.
+
+The last notebook comes first: the longest ones are at the end of the course, and where two are compared side by side none of
+them should be left over alone.
 """
 
 import re
@@ -27,3 +30,7 @@ def sanitize(self, text):
 
 
 IPyNbCell.sanitize = sanitize
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path, reverse=True)  # stable: the cells of a notebook stay in order
