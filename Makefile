@@ -147,7 +147,7 @@ train-lowbit: $(INSTALLED) ## Train ResNet18 with 2-bit weights again (half an h
 train-lm: $(INSTALLED) ## Train the language model of notebook 05 again (up to 40 minutes; resumes after a stop)
 	@$(PY) -m course_utils.tools.train_lm
 
-arms: $(INSTALLED) ## Train the arms of notebook 03 again (an hour; resumes after a stop)
+arms: $(INSTALLED) ## Train the arms of notebook 03 again (two or three hours; resumes after a stop)
 	@$(PY) -m course_utils.tools.arms
 
 ladder: $(INSTALLED) ## Measure every rung of the ladder in notebook 02 again (an hour or more; resumes after a stop)

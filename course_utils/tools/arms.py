@@ -28,7 +28,7 @@ W3A8 = Policy(weights=3, activations=8)
 W2A8 = Policy(weights=2, activations=8, clip="mse", first_last=8)
 POLICIES = {"resnet18": (W8A8, W4A8, W3A8, W4A4, W2A8), "mobilenet_v2": (W4A8, W4A4)}
 # Few bits have further to go; and where PTQ is close already, large steps lead away first. So do they for the control.
-OTHERWISE = {("resnet18", W4A4): (400, 0.0007), ("resnet18", W2A8): (400, LR)}
+OTHERWISE = {("resnet18", W4A4): (1000, 0.0007), ("resnet18", W2A8): (400, LR)}
 SETTINGS = {"shift": 1, "label_smoothing": 0.1}  # as the networks were trained, and for all arms alike
 BF16 = ("resnet18",)  # pays where dense convolutions dominate
 CURVE = (10, 30, 100)  # steps of the shorter trainings, of MobileNetV2 at W4A8, scored on validation images
