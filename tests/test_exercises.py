@@ -196,11 +196,11 @@ def test_check_prints_the_verdict_and_returns_it(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COURSE_PROGRESS", str(tmp_path / "mine.json"))
     exercise = EVERY["zero-point"]
     result = exercises.check("zero-point", exercise.solution)
-    assert result.passed is True and capsys.readouterr().out.startswith("✔ Scale and zero point: all 12 cases")
+    assert result.passed is True and capsys.readouterr().out.startswith("✔ Scale and zero point: all 13 cases")
     result = exercises.check("zero-point", exercise.mistakes[0].function)
     printed = capsys.readouterr().out
     assert result.passed is False and result.mistake == exercise.mistakes[0].name
-    assert printed.startswith("✘ Scale and zero point: case 1 of 12") and exercise.mistakes[0].says in printed
+    assert printed.startswith("✘ Scale and zero point: case 1 of 13") and exercise.mistakes[0].says in printed
     result = exercises.check("zero-point", written(exercise.stub(), "affine_range"))
     assert result.passed is None and "not attempted" in capsys.readouterr().out
     assert result._ipython_display_() is None

@@ -15,7 +15,7 @@ def difference(got, expected, *, rtol, atol):
     if isinstance(expected, torch.Tensor):
         return _tensors(got, expected, rtol, atol)
     if isinstance(expected, bool | str) or expected is None:
-        return None if type(got) is type(expected) and got == expected else "it is another value"
+        return None if isinstance(got, type(expected)) and got == expected else "it is another value"
     if isinstance(expected, numbers.Number):
         return _numbers(got, expected, rtol, atol)
     if isinstance(expected, dict):
@@ -78,11 +78,15 @@ def _numbers(got, expected, rtol, atol):
     if isinstance(got, bool) or not isinstance(got, numbers.Number):
         return f"a number was asked for, this is a {type(got).__name__}"
     if isinstance(expected, int):
-        if not isinstance(got, int):
+        if not isinstance(got, numbers.Integral):
             return "an integer was asked for" if got == expected else f"it is {show(got)}, not {show(expected)}"
         return None if got == expected else f"it is {show(got)}, not {show(expected)}"
     same = (math.isnan(got) and math.isnan(expected)) or math.isclose(got, expected, rel_tol=rtol, abs_tol=atol)
-    return None if same else f"it is {show(got)}, not {show(expected)}"
+    if same:
+        return None
+    if show(got) == show(expected):
+        return f"it is off by {abs(got - expected):.1g}"
+    return f"it is {show(got)}, not {show(expected)}"
 
 
 def _first(triples, rtol, atol):

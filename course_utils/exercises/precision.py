@@ -46,7 +46,7 @@ def _decode_cases(generator):
 def round_half_even(x):
     """Return the float tensor `x` rounded to whole numbers, those halfway between two to the even one. Not with torch.round.
 
-    `x`: float32, any shape. Example: 0.5, 1.5, 2.5, -0.5 become 0, 2, 2, -0.
+    `x`: float32, any shape. Example: 0.5, 1.5, 2.5, -0.5 become 0, 2, 2, 0 (the sign of a zero does not count).
     """
     below = torch.floor(x)
     rest = x - below
@@ -99,6 +99,7 @@ def _range_cases(generator):
     yield Case("all positive", (0.7, 3.0, 8))
     yield Case("all negative", (-3.0, -0.7, 8))
     yield Case("nothing but zero", (0.0, 0.0, 8))
+    yield Case("halfway, and the even integer is below", (-1.0, 5.0, 2))
     for _ in range(6):
         low, high = sorted((torch.randn(2, generator=generator) * 3).tolist())
         yield Case("random", (low, high, int(torch.randint(2, 9, (1,), generator=generator))))
@@ -281,7 +282,7 @@ EXERCISES = (
         notebook="01",
         minutes=5,
         difficulty="easy",
-        objective="round without bias, as IEEE 754, ONNX and every serious kernel do",
+        objective="round without bias, as IEEE 754 and ONNX do",
         solution=round_half_even,
         cases=_half_cases,
         mistakes=(
