@@ -151,17 +151,22 @@ def _predictions(models, batches):
     modes = {module: module.training for network in networks for module in network.modules()}
     for network in networks:
         network.eval()
+    classes, truth = [[] for _ in models], []
     try:
         with torch.no_grad():
-            found = [(*(model(images).argmax(1) for model in models), labels) for images, labels in batches]
+            for images, labels in batches:
+                for model, found in zip(models, classes, strict=True):
+                    # As plain integers: tensors kept from each batch would hold on to the memory around them.
+                    found += model(images).argmax(1).tolist()
+                truth.append(labels)
     finally:
         for network in networks:
             network.train(modes[network])  # of exported networks, the mode is more than a flag
         for module, training in modes.items():
             module.training = training
-    if not found:
+    if not truth:
         raise ValueError(NO_IMAGES)
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    return *(torch.tensor(found, dtype=torch.int64) for found in classes), torch.cat(truth)
 
 
 def size_on_disk(model):
