@@ -132,8 +132,8 @@ def loss(model, tokens, *, sequences=None, length=256, batch_size=16):
 def generate(model, prompt, count, *, temperature=0.8, seed=0):
     """Return `prompt` (tokens `(length,)`) and `count` characters that `model` writes after it: uint8.
 
-    Each is drawn from what the model predicts, sharpened by `temperature` below 1; 0 takes the likeliest. Raises
-    `ValueError` for an empty prompt or a negative temperature.
+    Each is drawn from what the model predicts, sharpened by `temperature` below 1; 0 takes the likeliest. Of a prompt longer
+    than the model's context only its end is read. Raises `ValueError` for an empty prompt or a negative temperature.
     """
     if not len(prompt) or temperature < 0:
         raise ValueError(
@@ -142,11 +142,14 @@ def generate(model, prompt, count, *, temperature=0.8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     tokens, cache = prompt.long(), []
     for _ in range(count):
-        if not cache or cache[0][0].shape[2] == model.context:  # full: read the newer half again, and go on from there
+        if not cache:
+            new = tokens[-model.context :]
+        elif cache[0][0].shape[2] == model.context:  # full: read the newer half again, and go on from there
             cache = []
-            logits = model(tokens[None, -model.context // 2 :], cache)[0, -1]
+            new = tokens[-model.context // 2 :]
         else:
-            logits = model(tokens[None, -1:], cache)[0, -1]
+            new = tokens[-1:]
+        logits = model(new[None], cache)[0, -1]
         if temperature == 0:
             following = logits.argmax(keepdim=True)
         else:

@@ -44,12 +44,15 @@ def cost(model, image_shape, *, batch=1):
         return hook
 
     handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
-    training = model.training
+    # Of every part: a frozen batch norm of a network in training is in evaluation mode.
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(batch, *image_shape))
     finally:
-        model.train(training)
+        model.train(modes[model])  # of exported networks, the mode is more than a flag
+        for module, training in modes.items():
+            module.training = training
         for handle in handles:
             handle.remove()
     return [LayerCost(name, *numbers) for name, numbers in found.items()]

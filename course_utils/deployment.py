@@ -133,35 +133,38 @@ def climb(model, timed, *, calibration=None, judges=None, ways=WAYS, rounds=30, 
     Each family has a fresh process of its own, as it would have in service, so that engines neither share threads nor add up
     in memory; in each of them the ways are timed in interleaved rounds, with the first way, to which all ratios refer.
 
-    model: float32 module in evaluation mode that can be pickled. timed: batches of calibration images of the size to be timed;
-    the first image is what is timed. judges: batches of `(images, labels)` that accuracy is measured on, none by default;
-    calibration: batches of the same size, for the networks that are judged. All three can be iterated more than once. rounds,
-    settle: as in `measure.latency`; with one call before each that counts, a model finds its own weights in the caches, as it
-    does in a service that runs one model again and again. on_family: called with each name before its turn.
+    model: float32 module in evaluation mode that can be pickled. timed: batches of calibration images of the size to be timed,
+    with labels or without; the first image is what is timed. judges: batches of `(images, labels)` that accuracy is measured
+    on, none by default; calibration: batches of the same size, for the networks that are judged. All three can be iterated
+    more than once. rounds, settle: as in `measure.latency`; with one call before each that counts, a model finds its own
+    weights in the caches, as it does in a service that runs one model again and again. on_family: called with each name
+    before its turn.
 
-    Raises `ValueError` for judges without calibration, and when the first way does not run here.
+    A way that fails, however it does, is `missing`, and so are those of a family whose process is killed: the others go on.
+    Raises `ValueError` for judges without calibration, without an image, and when the first way does not run here.
     """
     if judges is not None and calibration is None:
         raise ValueError("to judge INT8 networks takes calibration images of the judges' size: pass calibration=")
+    size = _first(timed).shape[-1]
     settings = {"rounds": rounds, "settle": settle}
     found, missing = {}, {}
     for family in dict.fromkeys(way.family for way in ways):
         on_family(family)
         own = [ways[0], *(way for way in ways[1:] if way.family == family)]
+        new = {
+            way.name for way in own
+        } - found.keys()  # the first way too, when the process of its own family was killed
         try:
             # On its first call in a fresh process a family finds out what runs, so errors of one do not reach the others.
-            timings, outcomes, reasons = measure.in_child(
-                _climb, model, own, family, timed, calibration, judges, settings
-            )
+            timings, outcomes, reasons = measure.in_child(_climb, model, own, new, timed, calibration, judges, settings)
         except MemoryError as error:
             timings, outcomes, reasons = {}, {}, {way.name: str(error) for way in own}
-        missing |= {name: why for name, why in reasons.items() if name not in found}
+        missing |= reasons
         found |= {name: (timings, *outcomes[name]) for name in timings if name not in found}
     if ways[0].name not in found:
         raise ValueError(f"nothing to compare with: {ways[0].name} does not run here: {missing.get(ways[0].name)}")
-    return Ladder(
-        list(_rungs(ways, found, judges)), missing, next(iter(timed))[0].shape[-1], rounds, torch.get_num_threads()
-    )
+    missing = {name: why for name, why in missing.items() if name not in found}
+    return Ladder(list(_rungs(ways, found, judges)), missing, size, rounds, torch.get_num_threads())
 
 
 def _rungs(ways, found, judges):
@@ -177,29 +180,39 @@ def _rungs(ways, found, judges):
             yield Rung(way, timings[way.name], fastest, ratio, judged, size)
 
 
-def _climb(model, ways, family, timed, calibration, judges, settings):
+def _climb(model, ways, new, timed, calibration, judges, settings):
     """Return `(name → Timing, name → (classes, bytes), name → why it does not run)` of the ways of a family.
 
-    With them comes the first of all ways, to be timed beside them, and judged in its own family only.
+    With them comes the first of all ways, to be timed beside them. Judged are those whose names are in `new`.
     """
-    image = next(iter(timed))[0][:1].contiguous()
+    image = _first(timed)[:1].contiguous()
     made, outcomes, missing = {}, {}, {}
     for way in ways:
         try:
             candidate, classes = None, None
-            if judges is not None and way.family == family:
-                candidate = make(way, model, calibration, next(iter(judges))[0].shape[1:])
+            if judges is not None and way.name in new:
+                candidate = make(way, model, calibration, _first(judges).shape[1:])
                 classes, _ = measure.predictions(candidate, judges)
             if candidate is None or calibration is not timed:
                 candidate = make(way, model, timed, image.shape[1:])
-            made[way.name] = candidate
+            with torch.no_grad():
+                candidate(image)  # who cannot run it fails here, alone
             outcomes[way.name] = classes, _bytes(way, model, candidate)
-        except RuntimeError as error:
-            missing[way.name] = str(error)
+            made[way.name] = candidate
+        except Exception as error:  # engines raise what they like, and none may take the others along
+            missing[way.name] = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
         cpu.trim_memory()
     contenders = {name: functools.partial(candidate, image) for name, candidate in made.items()}
     timings = measure.latency(contenders, warmup=2, **settings) if contenders else {}
     return dict(timings), outcomes, missing
+
+
+def _first(batches):
+    """Return the images of the first batch, be it `(images, labels)` or images alone. Raises `ValueError` without one."""
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise ValueError("no images to time or to judge with: pass batches with at least one image")
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
 
 
 def _bytes(way, model, made):
@@ -211,16 +224,18 @@ def _bytes(way, model, made):
     return measure.size_on_disk(made)
 
 
-def of_ceiling(rung, ceilings, model, size):
+def of_ceiling(rung, ceilings, model, image_shape):
     """Return which share of the machine's limit a rung reaches, or None where its precision has none.
 
     It has none where it was not measured, or where it is lower than that of FP32, because the processor only emulates it.
 
     The limit is the least time that `ceilings` allow the convolutions and linear layers of `model`, each the slower of its
-    arithmetic and its bytes, in one image of `size` pixels (`roofline.least_seconds`).
+    arithmetic and its bytes, in one image (`roofline.least_seconds`). image_shape: its shape, such as `(1, 28, 28)`; a number
+    n stands for `(3, n, n)`.
     """
     name = LIMITS.get(rung.way.precision)
     if ceilings.peaks.get(name, 0) < ceilings.peaks["FP32"] or rung.way.how == DYNAMIC:  # which computes mostly in FP32
         return None
-    works = roofline.layers(model, (3, size, size), roofline.BITS[name])
+    shape = (3, image_shape, image_shape) if isinstance(image_shape, int) else image_shape
+    works = roofline.layers(model, shape, roofline.BITS[name])
     return 1000 * roofline.least_seconds(ceilings, works, name) / rung.timing.median

@@ -242,7 +242,7 @@ def _place(name):
 class Tokenizer:
     """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909), on bytes as GPT-2 has it."""
 
-    WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d| ?[^\s\w]+|\s+(?!\S)|\s+")
+    WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[^\W\d_]+| ?\d| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
 
     def __init__(self, tokens, merges):
         self.tokens, self.numbers = tokens, {token: number for number, token in enumerate(tokens)}
@@ -268,7 +268,7 @@ class Tokenizer:
                     break
                 parts[i : i + 2] = [parts[i] + parts[i + 1]]
             found += [self.numbers[part] for part in parts]
-        return torch.tensor(found)
+        return torch.tensor(found, dtype=torch.int64)  # also of none
 
     def decode(self, tokens):
         """Return the string that tokens `(tokens,)` stand for."""

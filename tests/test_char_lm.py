@@ -82,6 +82,17 @@ def test_writing_goes_on_beyond_the_context(small, temperature):
         assert not torch.equal(written, char_lm.generate(small, prompt, 60, temperature=temperature, seed=4))
 
 
+@pytest.mark.parametrize(
+    ("length", "expected"), [(20, [20, 1, 1]), (31, [31, 1, 16]), (32, [32, 16, 1]), (40, [32, 16, 1])]
+)
+def test_all_that_fits_of_a_prompt_is_read(small, length, expected):
+    read = []
+    handle = small.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[1]))
+    char_lm.generate(small, torch.arange(length).to(torch.uint8), 3)
+    handle.remove()
+    assert read == expected
+
+
 def test_writing_needs_something_to_start_from(small):
     with pytest.raises(ValueError, match="got 0 tokens"):
         char_lm.generate(small, text.encode(""), 3)

@@ -55,6 +55,9 @@ def test_the_network_is_left_as_it_was():
     with pytest.raises(RuntimeError):
         cost(model, (5, 4, 4))
     assert model.training and not model[0]._forward_hooks
+    model[1].eval()  # a frozen batch norm
+    cost(model, (3, 4, 4))
+    assert [module.training for module in model.modules()] == [True, True, False]
 
 
 def test_bytes_follow_the_widths():

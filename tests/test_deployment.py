@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import nn
 
 from course_utils import backends, data, deployment, roofline
 from course_utils.deployment import Way
@@ -93,6 +95,78 @@ def test_who_judges_must_calibrate(trained, judges):
         deployment.climb(trained, judges, judges=judges)
 
 
+@pytest.fixture
+def grey():
+    """A small network for images of one channel."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 10)).eval()
+
+
+@pytest.fixture
+def killed(monkeypatch):
+    """Measure families in this process; those whose names are put into this set end as they do where memory is short."""
+    names = set()
+
+    def in_child(climb, model, own, *arguments):
+        if own[-1].family in names:
+            raise MemoryError("the process was killed")
+        return climb(model, own, *arguments)
+
+    monkeypatch.setattr(deployment.measure, "in_child", in_child)
+    return names
+
+
+def test_a_family_that_is_killed_takes_no_other_along(grey, killed):
+    elsewhere = Way("FP32, elsewhere", "torch", "fp32", deployment.DEPLOY, "elsewhere")
+    images = [(torch.randn(20, 1, 8, 8), torch.arange(20) % 10)]
+    settings = {"calibration": images, "judges": images, "ways": (EAGER, FOLDED, elsewhere), "rounds": 3}
+    killed.add("torch")
+    ladder = deployment.climb(grey, images, **settings)
+    assert list(ladder) == [EAGER.name, elsewhere.name] and ladder.missing == {FOLDED.name: "the process was killed"}
+    assert [rung.judged.agreement for rung in ladder.values()] == [1, 1]
+    killed.add("elsewhere")
+    with pytest.raises(
+        ValueError, match="nothing to compare with: FP32, eager does not run here: the process was killed"
+    ):
+        deployment.climb(grey, images, **settings)
+
+
+def test_a_way_that_fails_with_any_error_is_missing(grey, killed, monkeypatch):
+    make, misspelt = deployment.make, replace(DYNAMIC, name="INT8, misspelt", engine="x87", how=deployment.STATIC)
+
+    def make_or_break(way, *arguments):
+        return torch.det if way is DYNAMIC else make(way, *arguments)  # which is made, and then takes no images
+
+    def size(way, *arguments):
+        if way is FOLDED:
+            raise TypeError("no file")
+        return 1
+
+    monkeypatch.setattr(deployment, "make", make_or_break)
+    monkeypatch.setattr(deployment, "_bytes", size)
+    images = [(torch.randn(2, 1, 8, 7), torch.zeros(2))]
+    model = nn.Sequential(grey[0], nn.ReLU(), nn.Flatten())
+    ladder = deployment.climb(model, images, ways=(EAGER, FOLDED, DYNAMIC, misspelt), rounds=3)
+    assert list(ladder) == [EAGER.name]
+    assert ladder.missing[misspelt.name].startswith("ValueError: unknown engine 'x87'")
+    assert ladder.missing[FOLDED.name] == "TypeError: no file"
+    assert "square" in ladder.missing[DYNAMIC.name], "the sentence of a RuntimeError needs no type"
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_the_first_image_is_timed_of_batches_with_labels_or_without(grey, killed, labels):
+    images, seen = torch.randn(5, 1, 8, 8), set()
+    grey.register_forward_pre_hook(lambda _, inputs: seen.add(tuple(inputs[0].shape)))
+    timed = [(images, torch.zeros(5)) if labels else images]
+    ladder = deployment.climb(grey, timed, ways=(EAGER,), rounds=3)
+    assert seen == {(1, 1, 8, 8)} and ladder.size == 8 and ladder.missing == {}
+
+
+def test_without_an_image_there_is_nothing_to_time(grey):
+    with pytest.raises(ValueError, match="no images to time"):
+        deployment.climb(grey, [], ways=(EAGER,), rounds=3)
+
+
 def test_the_share_of_the_limit_is_the_least_time_over_the_measured_one(ladder, static, trained):
     ceilings = roofline.Ceilings({"FP32": 1e11, "INT8": 4e11}, 1e20, 1, {})
     macs = sum(work.operations for work in roofline.layers(trained, (3, 64, 64)))
@@ -103,6 +177,14 @@ def test_the_share_of_the_limit_is_the_least_time_over_the_measured_one(ladder, 
     for peaks in ({"FP32": 1e11}, {"FP32": 1e11, "INT8": 1e9}):  # not measured, and emulated only
         without = roofline.Ceilings(peaks, 1e20, 1, {})
         assert deployment.of_ceiling(ladder[static.name], without, trained, 64) is None
+
+
+def test_the_limit_is_that_of_images_of_any_shape(ladder, grey):
+    ceilings = roofline.Ceilings({"FP32": 1e11}, 1e20, 1, {})
+    rung = ladder[EAGER.name]
+    operations = sum(work.operations for work in roofline.layers(grey, (1, 8, 8)))
+    share = deployment.of_ceiling(rung, ceilings, grey, (1, 8, 8))
+    assert share == pytest.approx(operations / 1e11 / (rung.timing.median / 1000))
 
 
 def test_every_way_is_one_that_the_engines_have():

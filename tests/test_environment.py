@@ -277,6 +277,32 @@ def test_workflows_do_what_make_does(path):
         assert command in BESIDE_MAKE or (made and made[1] in verbs), command
 
 
+@pytest.mark.skipif(os.name != "posix", reason="this makes programs of shell scripts")
+def test_ci_installs_once(tmp_path):
+    """The environment keeps the options it was made with; a target that is told others, or only some, installs again."""
+    for name in ("make", "chromium"):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho "$* TORCH=$TORCH ENGINES=$ENGINES" >> "{tmp_path}/ran"\n')
+        program.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    subprocess.run(["bash", ROOT / ".ci" / "run"], env=environment() | {"PATH": path, "TORCH": "cpu"}, check=True)
+    made, tested = (tmp_path / "ran").read_text().splitlines()
+    assert made.startswith("setup ENGINES=1 TORCH=cpu") and tested == "test TORCH= ENGINES="
+
+
+def test_what_is_installed_serves_every_target_that_is_told_nothing(bare):
+    (bare / "installed").write_text("cpu engines\n")
+    for options, installs in ([], False), (["TORCH=cpu", "ENGINES=1"], False), (["TORCH=cpu"], True):
+        printed = make("-n", "test", "INSTALLED=installed", *options, cwd=bare).stdout
+        assert "pytest" in printed and ("pip install" in printed) == installs
+
+
+def test_nightly_is_tried_only_where_its_address_is_known():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "drift.yml").read_text())
+    tried = workflow["jobs"]["notebooks"]["strategy"]["matrix"]["torch"]
+    assert tried == """${{ fromJSON(vars.TORCH_INDEX && '["newest", "nightly"]' || '["newest"]') }}"""
+
+
 def test_every_system_is_tested():
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert {"ubuntu-latest", "macos-latest", "windows-latest"} <= set(re.findall(r"[a-z]+-latest", text))

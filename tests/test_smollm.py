@@ -79,8 +79,10 @@ def test_pairs_are_merged_in_the_order_they_were_learned():
     tokenizer = Tokenizer(tokens, ["i n", "Ġ t", "h e", "Ġt he", "in g"])
     shown = [tokens[i] for i in tokenizer.encode("thing in the").tolist()]
     assert shown == ["t", "h", "ing", "Ġ", "in", "Ġthe"]
-    for words in ("thing in the", "Größe: 3 € \n\n it's"):
+    for words in ("thing in the", "Größe: 3 € \n\n it's", "a_b = __init__ _", "½ cup of x²", ""):
         assert tokenizer.decode(tokenizer.encode(words)) == words
+    assert Tokenizer.WORDS.findall("the a_b._c") == ["the", " a", "_", "b", "._", "c"]  # a sign, as in GPT-2
+    assert tokenizer.encode("").dtype == tokenizer.encode("a").dtype == torch.int64
     assert len(letters) == 256 == len(set(letters.values()))
 
 

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 
 import pytest
 
 from course_utils import exercises
+from course_utils.exercises import quizzes
 from course_utils.tools import classroom, doctor
 
 
@@ -98,6 +100,14 @@ def test_questions_that_somebody_has_not_got_right(handed_in, tmp_path):
     assert [line[:4] for line in table.rows] == [["01.1", "0", "1", "1"]]
 
 
+def test_questions_of_a_notebook_that_was_added_count_too(monkeypatch):
+    every = (*quizzes._all(), quizzes.Question("07.1", "Why?", ()))
+    monkeypatch.setattr(quizzes, "_all", lambda: every)
+    done = {id: ("attempted", 1) for id in ("07.1", "01.2", "gptq")}
+    table = classroom.questions_table([classroom.Learner("Ada", done, "")])
+    assert [line[0] for line in table.rows] == ["01.2", "07.1"]
+
+
 def test_laptops_with_most_to_mend_come_first(laptop, tmp_path):
     laptop("Ada", ("OK", "torch"), ("WARN", "memory"))
     laptop("Ben", ("FAIL", "torch"), ("FAIL", "data"), ("WARN", "VNNI"))
@@ -115,6 +125,16 @@ def test_who_hands_in_twice_counts_with_the_newer_file(handed_in, tmp_path):
     _, learners, passed = classroom.collect(tmp_path / "class")
     assert [learner.done["zero-point"][0] for learner in learners] == ["solved"]
     assert len(passed) == 2 and all("Ada handed in more than once, the newer file counts" in each for each in passed)
+
+
+@pytest.mark.parametrize("newer", ["a.json", "b.json"])
+def test_a_laptop_that_is_handed_in_twice_counts_with_the_newer_file(laptop, tmp_path, newer):
+    for file in ("a.json", "b.json"):
+        path = laptop("Ada", ("OK" if file == newer else "FAIL", "torch")).rename(tmp_path / "class" / file)
+        os.utime(path, (2e9, 2e9) if file == newer else (1e9, 1e9))
+    laptops, _, passed = classroom.collect(tmp_path / "class")
+    assert [(each["name"], each["FAIL"]) for each in laptops] == [("Ada", [])]
+    assert passed == ["b.json: Ada handed in more than once, the newer file counts"]
 
 
 def test_a_file_that_a_spreadsheet_saved_is_read(handed_in, tmp_path):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from course_utils import exercises, files, report
+from course_utils.exercises import quizzes
 from course_utils.exercises.progress import ATTEMPTED, SOLVED
 from course_utils.tables import Table
 from course_utils.tools.doctor import RECORD
@@ -80,24 +81,28 @@ def _foreign(error, what):
 def collect(folder):
     """Return `(laptops, learners, passed over)` of `folder`: lists of dicts, `Learner`s, and sentences.
 
-    Who handed in twice counts with the newer file.
+    Who handed in twice under one name counts with the newer file: of progress, that of the later last try; of laptops, whose
+    records hold no time, the one that was written to the folder later.
     """
-    laptops, learners, passed = [], {}, []
+    laptops, learners, passed = {}, {}, []  # by name: when, and what
     for path in sorted(path for kind in ("*.json", "*.csv") for path in Path(folder).rglob(kind)):
         where = path.relative_to(folder)
         try:
             if path.suffix == ".json":
-                laptops.append(read_laptop(path))
-                continue
-            learner = read_progress(path)
+                found = read_laptop(path)
+                known, name, when = laptops, found["name"], path.stat().st_mtime
+            else:
+                found = read_progress(path)
+                known, name, when = learners, found.name, found.when
         except ForeignFile as error:
             passed.append(f"{where} {error}")
             continue
-        if learner.name in learners:
-            passed.append(f"{where}: {learner.name} handed in more than once, the newer file counts")
-            learner = max(learner, learners[learner.name], key=lambda each: each.when)
-        learners[learner.name] = learner
-    return laptops, list(learners.values()), passed
+        if name in known:
+            passed.append(f"{where}: {name} handed in more than once, the newer file counts")
+        if name not in known or when >= known[name][0]:
+            known[name] = when, found
+    laptops, learners = ([found for _, found in known.values()] for known in (laptops, learners))
+    return laptops, learners, passed
 
 
 def laptops_table(laptops):
@@ -163,7 +168,8 @@ def exercises_table(learners):
 def questions_table(learners):
     """Return a `Table` with a line for each question of a quiz that somebody has not got right yet."""
     rows = []
-    for question in (question for number in range(7) for question in exercises.quiz(f"{number:02}").questions):
+    notebooks = sorted({id.partition(".")[0] for learner in learners for id in learner.done})  # exercises have no quiz
+    for question in (question for notebook in notebooks for question in quizzes.questions(notebook)):
         right, tried, tries = _counts(question.id, learners)
         if right < tried:
             rows.append([question.id, f"{right}", f"{tried - right}", tries, question.text])

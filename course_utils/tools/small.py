@@ -10,6 +10,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 LIMIT = 2 * 2**30
@@ -34,29 +35,50 @@ def limited(limit=LIMIT):
             (folder / swap).write_text(str(limit if version else 0))
         yield folder
     finally:
-        folder.rmdir()
+        _remove(folder)
+
+
+def _remove(folder):
+    # A group goes when it is empty: what the command started and left behind may take a moment to end, or go on.
+    for _ in range(20):
+        with contextlib.suppress(OSError):
+            return folder.rmdir()
+        time.sleep(0.05)
 
 
 def main(command=None):
-    """Run the command of the command line (or `command`, a list); return its exit code, or 2 where no limit can be set."""
+    """Run the command of the command line (or `command`, a list) and return its exit code.
+
+    Returns 2 where no limit can be set, and 127, as a shell does, for a command that cannot be started.
+    """
     command = sys.argv[1:] if command is None else command
     if not command:
         print(__doc__, file=sys.stderr)
         return 2
-    try:
-        with limited() as folder:
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(limited())
+        except OSError as error:
+            return _unlimited(error)
 
-            def enter():
-                (folder / "cgroup.procs").write_text(str(os.getpid()))
-                os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        def enter():
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
+        try:
             return subprocess.run(command, preexec_fn=enter).returncode
-    except OSError as error:
-        print(
-            f"No limit could be set here ({error}). As another user:\n{__doc__.partition('systemd:')[2]}",
-            file=sys.stderr,
-        )
-        return 2
+        except subprocess.SubprocessError as error:  # of `enter`: the group takes nobody in
+            return _unlimited(error)
+        except OSError as error:
+            print(f"{command[0]} cannot be started: {error}", file=sys.stderr)
+            return 127
+
+
+def _unlimited(error):
+    print(
+        f"No limit could be set here ({error}). As another user:\n{__doc__.partition('systemd:')[2]}", file=sys.stderr
+    )
+    return 2
 
 
 if __name__ == "__main__":
