@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -260,6 +261,25 @@ def test_an_engine_family_that_cannot_be_imported_is_a_sentence(small, monkeypat
         backends.quantize_dynamic(small)
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("libengine.so: cannot open shared object file\nmore lines"), "OSError: libengine.so: cannot open"),
+        (PackageNotFoundError("engine"), "PackageNotFoundError: No package metadata was found for engine"),
+        (ImportError("cannot import name 'Kernel'"), "ImportError: cannot import name 'Kernel'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_engine_family_that_cannot_say_what_it_has_is_a_sentence_too(monkeypatch, error, reason):
+    def broken():
+        raise error
+
+    monkeypatch.setattr(sys.modules["course_utils.backends.torch_ao"], "engines", broken)
+    found = backends.engines("torch_ao")
+    assert len(found) == 4 and not any(engine.runs for engine in found)
+    assert all(reason in engine.why and "more lines" not in engine.why for engine in found)
+
+
 @pytest.mark.parametrize(("vnni", "expected"), [(True, "onednn"), (False, "x86")])
 def test_without_vnni_the_default_engine_is_the_one_that_cannot_saturate(monkeypatch, vnni, expected):
     found = [Engine(n, True, "") for n in ("qnnpack", "x86", "onednn")]
@@ -268,11 +288,12 @@ def test_without_vnni_the_default_engine_is_the_one_that_cannot_saturate(monkeyp
     assert backends.default_engine() == expected
 
 
-@pytest.mark.parametrize("vnni", [True, False])
-def test_engines_that_may_saturate_get_headroom_by_default(monkeypatch, vnni):
+@pytest.mark.parametrize(("x86", "vnni", "needed"), [(True, True, False), (True, False, True), (False, False, False)])
+def test_engines_that_may_saturate_get_headroom_by_default(monkeypatch, x86, vnni, needed):
+    monkeypatch.setattr(backends.cpu, "is_x86", lambda: x86)
     monkeypatch.setattr(backends.cpu, "has_vnni", lambda: vnni)
     headroom = {name: backends.needs_headroom(name) for name in ("x86", "fbgemm", "onednn", "pt2e", "qnnpack")}
-    assert headroom == {"x86": True, "fbgemm": True, "onednn": not vnni, "pt2e": not vnni, "qnnpack": False}
+    assert headroom == {"x86": True, "fbgemm": True, "onednn": needed, "pt2e": needed, "qnnpack": False}
 
 
 @pytest.mark.parametrize("engine", ["onednn", "x86", "fbgemm", "qnnpack"])
@@ -469,6 +490,35 @@ def test_the_float_reference_needs_a_statically_quantized_model(resnet18):
         backends.reference(backends.quantize_dynamic(resnet18))
     with pytest.raises(ValueError, match="step a: fold has no counterpart in float arithmetic"):
         FloatModel([integer.Step("a", "fold")])
+
+
+class Keywords(nn.Module):
+    """A network that passes arguments by keyword."""
+
+    def __init__(self, **flatten):
+        super().__init__()
+        self.conv, self.head, self.flatten = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 10), flatten
+
+    def forward(self, x):
+        x = F.adaptive_avg_pool2d(self.conv(x), output_size=1)
+        return self.head(torch.flatten(x, **self.flatten))
+
+
+def test_arguments_by_keyword_are_read(images):
+    torch.manual_seed(0)
+    int8 = backends.quantize_static(Keywords(start_dim=1).eval(), [images])
+    expected = outputs(int8, images)
+    for found in (integer.IntegerModel(int8)(images), backends.reference(int8)(images)):
+        assert found.shape == (8, 10) and (found - expected).norm() < 0.05 * expected.norm()
+
+
+def test_flattening_to_another_dimension_than_the_last_is_refused(images):
+    model = nn.Sequential(Keywords(start_dim=1, end_dim=2))
+    model[0].head = nn.Linear(1, 10)
+    int8 = backends.quantize_static(model.eval(), [images])
+    for make in (integer.IntegerModel, backends.reference):
+        with pytest.raises(ValueError, match="flatten with end_dim=2 has no counterpart.*end_dim=-1"):
+            make(int8)
 
 
 def depthwise(channels):

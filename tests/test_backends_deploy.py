@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from course_utils import backends, simulate
 from course_utils.simulate import Policy
@@ -45,6 +46,22 @@ def test_its_batch_norms_are_folded_and_its_weights_channels_last(block):
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
     assert network.stem[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert {p.dtype for p in network.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("first", "shape"),
+    [(nn.Linear(6, 8), (6,)), (nn.Conv1d(2, 4, 3), (2, 8)), (nn.Conv3d(1, 2, 3), (1, 5, 5, 5))],
+    ids=["linear", "Conv1d", "Conv3d"],
+)
+def test_inputs_need_not_be_images(first, shape):
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(first, nn.ReLU(), nn.Flatten()).eval()
+    with torch.no_grad():
+        expected = model(x)
+    assert relative_error(backends.deploy(model, engine="torch", image_shape=shape)(x), expected) < 1e-5
+    assert (
+        relative_error(backends.deploy(model, engine="torch", precision="bf16", image_shape=shape)(x), expected) < 0.03
+    )
 
 
 def test_how_it_was_made_can_be_asked(resnet18):

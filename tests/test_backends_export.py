@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import affine, backends, data, models, qat, simulate, weights
+from course_utils import affine, backends, data, models, qat, rounding, simulate, weights
 from course_utils.backends import export
 from course_utils.simulate import Policy
 from tests.conftest import fingerprint
@@ -202,6 +202,16 @@ def test_a_runtime_predicts_what_the_simulation_does(resnet, engine, tmp_path):
     assert relative_error(found, expected) < 0.02
     assert backends.save(deployed, tmp_path / "model") == pytest.approx(11.3e6, rel=0.03)
     assert torch.equal(backends.load(tmp_path / "model")(images[0]), deployed(images[0]))
+
+
+@pytest.mark.parametrize("activations", [8, None])
+def test_inputs_that_awq_scales_are_divided_in_the_runtime_too(block, calibration, images, activations):
+    need("onnxruntime")
+    uneven = torch.tensor([8.0, 1.0, 0.1]).reshape(3, 1, 1)
+    network, report = rounding.awq(block, Policy(4, activations), [x * uneven for x, _ in calibration])
+    assert any(scaling.strength > 0 for scaling in report)
+    deployed = backends.deploy(network, engine="onnxruntime", precision="int8", image_shape=(3, 32, 32))
+    assert relative_error(deployed(images * uneven), outputs(network, images * uneven)) < 0.01
 
 
 # For TensorRT, which knows signed integers without a zero point only ----------------------------------------------------------

@@ -64,6 +64,18 @@ def test_a_compiled_network_computes_the_same(small, fp32, images):
     assert not hasattr(images, "_dynamo_dynamic_indices"), "the caller's tensor was marked"
 
 
+def test_inputs_need_not_be_images():
+    need("inductor")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(x)
+    deployed = backends.deploy(model, engine="inductor", image_shape=(16,))
+    for n in (1, 3):
+        assert relative_error(deployed(x[:n]), expected[:n]) < 1e-5
+
+
 def test_its_weights_are_frozen_into_onednns_layout(fp32, images):
     fp32(images[:1])
     found = kernels(fp32, images[:1])

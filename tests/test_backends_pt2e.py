@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from course_utils import affine, backends, integer, measure, qat
 from tests.conftest import fingerprint
@@ -289,6 +290,45 @@ def test_dropout_and_batch_norm_of_an_exported_network_follow_its_mode(runs, blo
     prepared.train()
     assert not torch.equal(outputs(prepared, images), outputs(prepared, images))
     assert not all(torch.equal(v, dict(prepared.named_buffers())[k]) for k, v in statistics.items())
+
+
+def with_in_the_middle(module):
+    """Return a small network with `module` after its convolution."""
+    torch.manual_seed(0)
+    ends = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU()), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(ends[0], module, ends[1], nn.Linear(16, 10))
+
+
+@pytest.mark.parametrize(
+    "dropout", [nn.Dropout(), nn.Dropout2d(), nn.Dropout2d(inplace=True), nn.AlphaDropout()], ids=str
+)
+def test_every_kind_of_dropout_drops_in_training_only(runs, images, dropout):
+    prepared = backends.prepare_qat(with_in_the_middle(dropout), engine="pt2e", image_shape=(3, 32, 32))
+    assert not torch.equal(outputs(prepared, images), outputs(prepared, images))
+    prepared.disable_observer()
+    prepared.eval()
+    fake = outputs(prepared, images)
+    assert torch.equal(outputs(prepared, images), fake)
+    converted = backends.convert_qat(prepared)
+    assert torch.equal(outputs(converted, images), outputs(converted, images))
+    for found in (outputs(converted, images), backends.reference(converted)(images)):
+        assert (found - fake).norm() < 0.05 * fake.norm()
+
+
+def test_what_else_is_drawn_at_random_in_training_is_refused(runs, images):
+    model = with_in_the_middle(StochasticDepth(0.5, "row"))
+    with pytest.raises(ValueError, match=r"random numbers in training by aten.bernoulli.*p = 0.0.*course_utils.qat"):
+        backends.prepare_qat(model, engine="pt2e", image_shape=(3, 32, 32))
+    int8 = backends.quantize_static(model, [images], engine="pt2e")
+    assert torch.equal(int8(images), int8(images)), "without training there is nothing to refuse"
+    model[1].p = 0.0
+    assert backends.prepare_qat(model, engine="pt2e", image_shape=(3, 32, 32))(images).shape == (8, 10)
+
+
+def test_the_reference_flattens_to_the_last_dimension_or_not_at_all(runs, images):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(1, 2), nn.Linear(30, 10))
+    with pytest.raises(ValueError, match="flatten with end_dim=2 has no counterpart.*end_dim=-1"):
+        backends.reference(backends.quantize_static(model, [images], engine="pt2e"))
 
 
 def test_resnet18_is_a_quarter_of_its_float_file_and_leaves_no_float_copy_behind(runs, resnet18, calibration, images):

@@ -76,6 +76,35 @@ def test_single_layers_can_have_other_bits(lm):
     assert isinstance(fast.head, weight_only.Int8Linear) and isinstance(fast.blocks[0].up, weight_only.Int4Linear)
 
 
+def test_a_layer_can_stay_as_it_is(lm):
+    fast = backends.quantize_weight_only(lm, bits=4, group_size=64, layers={"head": None})
+    assert type(fast.head) is nn.Linear and torch.equal(fast.head.weight, lm.head.weight)
+    assert fast.head.weight is not lm.head.weight, "the copy shares a parameter with the model"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_that_takes_weights_of_its_layers_without_calling_them_goes_on_working(bits):
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 2, 128, batch_first=True), 2).eval()
+    out_proj = [f"layers.{i}.self_attn.out_proj" for i in range(2)]
+    fast = backends.quantize_weight_only(model, bits=bits, group_size=64)
+    granularity = "channel" if bits == 8 else 64
+    reference = simulate.quantize(model, Policy(bits, granularity=granularity, layers=dict.fromkeys(out_proj)))
+    x, padding = rows(10, 64).reshape(2, 5, 64), torch.arange(5) >= torch.tensor([[5], [3]])
+    with torch.no_grad():
+        assert relative(fast(x), reference(x)) < 0.02 < relative(fast(x), x)
+        found, expected = (m(x, src_key_padding_mask=padding)[~padding] for m in (fast, reference))
+        assert relative(found, expected) < 0.02
+    kinds = weight_only.Int8Linear, weight_only.Int4Linear
+    assert sum(isinstance(layer, kinds) for layer in fast.modules()) == 4
+    assert isinstance(fast.get_submodule(out_proj[0]), nn.Linear)
+    with pytest.raises(
+        ValueError, match="layers.0.self_attn.out_proj cannot be packed.*MultiheadAttention.*leave it out"
+    ):
+        backends.quantize_weight_only(model, layers={out_proj[0]: 8})
+
+
 @pytest.mark.parametrize("repair", [rounding.gptq, rounding.awq])
 def test_integers_of_a_repair_are_the_ones_that_run_and_are_stored(lm, tokens, tmp_path, repair, monkeypatch):
     repaired, _ = repair(lm, Policy(weights=4, granularity=32), [tokens])

@@ -99,18 +99,17 @@ def default_engine():
 def needs_headroom(engine):
     """Return whether 8-bit sums of `engine` may overflow 16 bits on this machine: what `reduce_range=None` stands for.
 
-    The instruction vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits, saturated. oneDNN (`"onednn"`,
-    `"pt2e"`, `"pt2e-inductor"`) uses it where VNNI is absent. ONNX Runtime does on x86 without VNNI (its page "Quantize ONNX
-    models": unsigned activations with signed weights), and so does OpenVINO, which builds on oneDNN (NNCF's option
-    `overflow_fix`). fbgemm's depthwise kernels use it on *every* x86 processor, for pairs of neighbouring taps, and `"x86"`
-    hands fbgemm each convolution of more than 100 groups. `"qnnpack"` and `"executorch"` (XNNPACK, whose kernels widen bytes to
-    16 bits before they multiply) never do, nor does a GPU.
+    The instruction vpmaddubsw of x86 adds two products of an unsigned and a signed byte into 16 bits, saturated. Where VNNI is
+    absent, oneDNN (`"onednn"`, `"pt2e"`, `"pt2e-inductor"`) uses it, and so do ONNX Runtime (its page "Quantize ONNX models":
+    unsigned activations with signed weights) and OpenVINO, which builds on oneDNN (NNCF's option `overflow_fix`). fbgemm's
+    depthwise kernels use it on *every* x86 processor, for pairs of neighbouring taps, and `"x86"` hands fbgemm each convolution
+    of more than 100 groups. `"qnnpack"` and `"executorch"` (XNNPACK, whose kernels widen bytes to 16 bits before they multiply)
+    never do, nor does a GPU.
     """
     if engine in ("x86", "fbgemm"):
         return True
-    if engine in ("onnxruntime", "openvino"):
-        return cpu.is_x86() and not cpu.has_vnni()
-    return engine in ("onednn", "pt2e", "pt2e-inductor") and not cpu.has_vnni()
+    without_vnni = engine in ("onednn", "pt2e", "pt2e-inductor", "onnxruntime", "openvino")
+    return without_vnni and cpu.is_x86() and not cpu.has_vnni()
 
 
 def quantize_dynamic(model):
@@ -148,8 +147,8 @@ def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
 
     What is read from memory is a quarter or less, inputs and products stay BF16 or float32: for networks of which a few rows
     are asked at a time, such as language models. Weights that are 4-bit integers in groups already stay those. layers: bits
-    of single layers by name. See `weight_only`. Raises `ValueError` for other bits, a name that no linear layer has, and a
-    group size that the kernel does not have.
+    of single layers by name, None for one that stays as it is. See `weight_only`. Raises `ValueError` for other bits, a name
+    that no linear layer has, and a group size that the kernel does not have.
     """
     return _load_family("weight_only").quantize_weight_only(model, bits=bits, group_size=group_size, layers=layers)
 
@@ -504,15 +503,19 @@ def _load_family(family):
     try:
         return importlib.import_module(f".{family}", __name__)
     except Exception as error:  # broken binaries raise anything from ImportError to RuntimeError
-        remedy = f": {REMEDIES[family]}" if family in REMEDIES else ""
-        first_line = str(error).partition("\n")[0]
-        raise RuntimeError(
-            f"the {family} engines are not available with this installation ({first_line}){remedy}"
-        ) from None
+        raise RuntimeError(_unavailable(family, error)) from None
 
 
 def _family_engines(family):
     try:
-        return _load_family(family).engines()
-    except RuntimeError as error:
-        return [Engine(name, False, str(error)) for name in FAMILIES[family]]
+        return importlib.import_module(f".{family}", __name__).engines()
+    except Exception as error:  # as above, and asking a broken package for its version does too
+        return [Engine(name, False, _unavailable(family, error)) for name in FAMILIES[family]]
+
+
+def _unavailable(family, error):
+    first_line = str(error).partition("\n")[0]
+    remedy = f": {REMEDIES[family]}" if family in REMEDIES else ""
+    return (
+        f"the {family} engines are not available with this installation ({type(error).__name__}: {first_line}){remedy}"
+    )

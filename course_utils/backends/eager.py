@@ -15,7 +15,7 @@ def engines():
 
 
 class Eager(nn.Module):
-    """A float network with its own type of numbers inside: float32 images `(n, c, h, w)` → float32 logits, any n and size.
+    """A float network with its own type of numbers inside: float32 inputs `(n, ...)` → float32 logits, any n and size.
 
     It uses torch's threads, as they are set at each call.
     """
@@ -27,7 +27,7 @@ class Eager(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        return self.network(images.to(self.dtype, memory_format=torch.channels_last)).float()
+        return self.network(channels_last(images, self.dtype)).float()
 
 
 def deploy(model, precision, image_shape):
@@ -38,4 +38,12 @@ def prepare(model, precision):
     """Return a copy of `model` with its batch norms folded, channels last, and weights of the given precision."""
     # Folded before it is rounded: batch norms alone would round once more, and each costs a pass over memory.
     folded = weights.fold_batch_norm(model).requires_grad_(False)
-    return folded.to(DTYPES[precision], memory_format=torch.channels_last)
+    network = folded.to(DTYPES[precision])
+    for parameter in network.parameters():
+        parameter.data = channels_last(parameter.data, parameter.dtype)
+    return network
+
+
+def channels_last(x, dtype):
+    """Return `x` as `dtype`, laid out channels last where it has the 4 dimensions that this takes."""
+    return x.to(dtype, memory_format=torch.channels_last if x.ndim == 4 else torch.preserve_format)

@@ -30,6 +30,9 @@ class _Explicit(nn.Module):
         self.opset = opset
         weight, qparams = layer.weight.detach(), getattr(layer, "weight_qparams", None)
         self.rounds_weight, self.rounds_input = qparams is not None, hasattr(layer, "input_quantizer")
+        self.divide = getattr(
+            layer, "input_scale", None
+        )  # the `InputScale` of rounding.awq, which acts before all rounding
         if self.rounds_weight:
             weight, zero_point = affine.quantize(weight, qparams), qparams.zero_point.to(qparams.dtype)
             self.register_buffer("weight_scale", qparams.scale)
@@ -45,6 +48,8 @@ class _Explicit(nn.Module):
         self.plain = (plain,)  # in a tuple, because its float weights are no part of the network any more
 
     def forward(self, x):
+        if self.divide is not None:
+            x = self.divide(x)
         if self.rounds_input:
             pair = self.input_scale, self.input_zero_point
             q = self._write("QuantizeLinear", x, *pair, dtype=self.input_zero_point.dtype)
@@ -66,7 +71,8 @@ def to_onnx(model, image_shape, *, opset=OPSET):
     """Return `model` as the bytes of an ONNX file: input `images` `(batch, *image_shape)`, output `logits`, both float32.
 
     model: a module in evaluation mode that torch.export can trace; of `simulate.quantize` or `qat.convert`, the integers of
-    weights are exactly the network's (`affine.quantize` of its weights), scales and zero points too.
+    weights are exactly the network's (`affine.quantize` of its weights), scales and zero points too. Inputs that `rounding.awq`
+    scales are divided first, in float32.
 
     Raises `ValueError` for activations of other than 8 bits, weights with a zero point or in groups, which the runtimes have
     no kernels for, and for a network that is still in training; `RuntimeError` without onnx and onnxscript.

@@ -54,7 +54,7 @@ class Compiled(nn.Module):
         from torch._inductor import config
 
         program.check(images, self.image_shape, self.engine)
-        images, n = images.detach().to(self.dtype, memory_format=torch.channels_last), len(images)
+        images, n = eager.channels_last(images.detach(), self.dtype), len(images)
         if n > 1:
             mark_dynamic(images, 0)
         # The options at every call, because a program may have to be made at any.
@@ -66,7 +66,7 @@ class Compiled(nn.Module):
 
 def deploy(model, precision, image_shape):
     network, dtype = eager.prepare(model, precision), eager.DTYPES[precision]
-    example = torch.zeros(2, *image_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    example = eager.channels_last(torch.zeros(2, *image_shape), dtype)
     exported = torch.export.export(network, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     return Compiled(exported.module(), image_shape, dtype)
 

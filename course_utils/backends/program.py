@@ -1,4 +1,4 @@
-"""What engines share: reading calibration images, converting quietly, and, outside torch, a network as the bytes of its file."""
+"""What engines share: reading calibration images and graphs, converting quietly, and, outside torch, networks as files."""
 
 import contextlib
 import gc
@@ -60,6 +60,22 @@ def flatten(program):
 def unflatten(tensors):
     """Return name → bytes, as `flatten` got them."""
     return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def argument(node, position, name, default=None):
+    """Return what a node of torch.fx passes as its argument number `position`, or by `name`."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def start_dim(node):
+    """Return the dimension that a `flatten` of torch.fx starts at; raises `ValueError` unless it goes on to the last."""
+    end = argument(node, 2, "end_dim", -1)
+    if end != -1:
+        raise ValueError(
+            f"{node.name}: flatten with end_dim={end} has no counterpart in course_utils.integer, which flattens up to the last "
+            "dimension: leave end_dim=-1"
+        )
+    return argument(node, 1, "start_dim", 0)
 
 
 def first_and_all(calibration):

@@ -48,6 +48,12 @@ with _quietly():
 
 aten, decomposed = torch.ops.aten, torch.ops.quantized_decomposed
 CONVOLUTION, LINEAR, BATCH_NORM = aten.conv2d.default, aten.linear.default, aten.batch_norm.default
+# `(input, p, train)` all of them: nn.Dropout, Dropout1d to 3d (feature_dropout), AlphaDropout and FeatureAlphaDropout
+DROPOUTS = [
+    getattr(aten, f"{kind}{place}").default
+    for kind in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for place in ("", "_")
+]
 QUANTIZE, DEQUANTIZE = decomposed.quantize_per_tensor.default, decomposed.dequantize_per_tensor.default
 RANGES = "activations"  # the tensors in a file that hold all scales and zero points of activations
 
@@ -180,12 +186,28 @@ def rebuild(model, recipe, tensors, rest):
 
 
 def _prepare(model, image_shape, recipe):
-    """Return the exported model with observers in it, or, to train it, with fake-quantizers."""
+    """Return the exported model with observers in it, or, to train it, with fake-quantizers.
+
+    Raises `ValueError` for a network to train that draws random numbers outside of dropout.
+    """
     training = recipe["kind"] in ("qat", PREPARED)
     quantizer = X86InductorQuantizer().set_global(_config(recipe, training))
     exported = _export(copy.deepcopy(model).train(training), _example(image_shape)).module()
+    if training:
+        _check_random(exported)
     with _only_convolutions_that_are_there():
         return (prepare_qat_pt2e if training else prepare_pt2e)(exported, quantizer)
+
+
+def _check_random(graph):
+    """Raise `ValueError` for what an exported network draws at random and `_set_mode` cannot turn off."""
+    for node in graph.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in DROPOUTS:
+            raise ValueError(
+                f"this network draws random numbers in training by {node.target} ({node.name}), as StochasticDepth of torchvision "
+                "does, and its exported graph would go on with that in evaluation and in INT8: set the probability to 0 (p = 0.0), "
+                "put nn.Identity in its place, or train with course_utils.qat's fake-quantizers"
+            )
 
 
 @contextlib.contextmanager
@@ -214,7 +236,7 @@ def _only_convolutions_that_are_there():
 def _set_mode(graph, *, batch_norm, dropout):
     """Say whether the batch norms of an exported graph shall train, and its dropouts drop."""
     # operation → which argument says it, and what it shall say
-    modes = {BATCH_NORM: (5, batch_norm), aten.dropout.default: (2, dropout), aten.dropout_.default: (2, dropout)}
+    modes = {BATCH_NORM: (5, batch_norm), **dict.fromkeys(DROPOUTS, (2, dropout))}
     for node in graph.graph.nodes:
         if node.target in modes:
             argument, mode = modes[node.target]
@@ -390,10 +412,10 @@ def _describe(node, graph):
         return "clamp", None, {"low": low, "high": high}
     if kind == aten.max_pool2d.default and len(args) < 5:
         return "max_pool2d", None, dict(zip(("kernel_size", "stride", "padding"), map(tuple, args[1:]), strict=False))
-    if kind == aten.adaptive_avg_pool2d.default and list(args[1]) == [1, 1]:
+    if kind == aten.adaptive_avg_pool2d.default and list(program.argument(node, 1, "output_size")) == [1, 1]:
         return "global_avg_pool2d", None, {}
     if kind == aten.flatten.using_ints:
-        return "flatten", None, {"start_dim": args[1] if len(args) > 1 else 0}
-    if kind in (aten.dropout.default, aten.dropout_.default):
+        return "flatten", None, {"start_dim": program.start_dim(node)}
+    if kind in DROPOUTS:
         return "same", None, {}
     raise ValueError(f"{node.name}: {kind} has no counterpart among the steps of course_utils.integer")

@@ -142,7 +142,8 @@ def steps(model):
         if node.op in ("placeholder", "get_attr", "output"):
             continue
         module = modules.get(node.target) if node.op == "call_module" else None
-        inputs = tuple(argument.name for argument in node.args if getattr(argument, "name", None) in done)
+        arguments = (*node.args, *node.kwargs.values())
+        inputs = tuple(argument.name for argument in arguments if getattr(argument, "name", None) in done)
         before = done[inputs[0]] if inputs else None
         op, output, options = _describe(node, module, before, value)
         found.append(Step(node.name, op, inputs, output, options))
@@ -192,15 +193,15 @@ def _describe(node, module, before, value):
         return "max_pool2d", before, {key: getattr(module, key) for key in ("kernel_size", "stride", "padding")}
     output_size = module.output_size if isinstance(module, nn.AdaptiveAvgPool2d) else None
     if kind == "adaptive_avg_pool2d":
-        output_size = node.args[1]
-    if output_size in (1, (1, 1)):
+        output_size = program.argument(node, 1, "output_size")
+    if output_size in (1, (1, 1), [1, 1]):
         return "global_avg_pool2d", before, {}
     if kind in ("ReLU", "relu"):
         return "clamp", before, {"low": 0.0, "high": None}
     if kind == "ReLU6":
         return "clamp", before, {"low": 0.0, "high": 6.0}
     if kind == "flatten":
-        return "flatten", before, {"start_dim": node.args[1] if len(node.args) > 1 else 0}
+        return "flatten", before, {"start_dim": program.start_dim(node)}
     if kind in ("Dropout", "Identity"):
         return "same", before, {}
     if kind == "dequantize":

@@ -13,6 +13,7 @@ import functools
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .. import affine, int4, weights
 
@@ -73,23 +74,42 @@ def quantize_weight_only(model, *, bits=4, group_size=128, layers=None):
 
     Weights that are 4-bit integers in groups already (`simulate.quantize`, `rounding.gptq`, `smollm.load`) stay those; others
     are rounded to nearest, symmetric, in groups of `group_size` at 4 bits and per output channel at 8. The `input_scale` that
-    `rounding.awq` gave a layer stays in front of it. layers: bits of single layers by name. Raises `ValueError` for other
-    bits, for a name that no linear layer has, and as `Int4Linear`.
+    `rounding.awq` gave a layer stays in front of it. layers: bits of single layers by name, None for one that stays as it is.
+    So does, always, the `out_proj` of `nn.MultiheadAttention`, which takes the weights without calling the layer. The fast path
+    of PyTorch's transformer encoders does so with all of theirs, hence it is off in the copy. Raises `ValueError` for other
+    bits, for a name that no linear layer has, for bits of such an `out_proj`, and as `Int4Linear`.
     """
-    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    model = copy.deepcopy(model, {id(layer.weight): layer.weight for layer in linears}).eval()  # not what is replaced
-    chosen = {name: bits for name, layer in weights.layers(model).items() if isinstance(layer, nn.Linear)}
-    if unknown := set(layers or ()) - set(chosen):
-        raise ValueError(f"no linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(chosen)}")
-    chosen |= layers or {}
-    if other := set(chosen.values()) - {4, 8}:
+    linears = {name: layer for name, layer in weights.layers(model).items() if isinstance(layer, nn.Linear)}
+    if unknown := set(layers or ()) - set(linears):
+        raise ValueError(f"no linear layer is called {', '.join(sorted(unknown))}; there are: {', '.join(linears)}")
+    uncalled = [name for name, layer in linears.items() if isinstance(layer, NonDynamicallyQuantizableLinear)]
+    chosen = dict.fromkeys(linears, bits) | dict.fromkeys(uncalled) | (layers or {})
+    if other := set(chosen.values()) - {4, 8, None}:
         raise ValueError(f"there are kernels for 4 and 8 bits, got {', '.join(map(str, sorted(other)))}")
+    if packed := [name for name in uncalled if chosen[name] is not None]:
+        raise ValueError(
+            f"{', '.join(packed)} cannot be packed, for nn.MultiheadAttention takes the weights without calling it: leave it out "
+            "of layers"
+        )
+    chosen = {name: bits for name, bits in chosen.items() if bits is not None}
+    replaced = [linears[name].weight for name in chosen]
+    model = copy.deepcopy(model, {id(weight): weight for weight in replaced}).eval()  # without copies of these
     for name, bits in chosen.items():
         layer = model.get_submodule(name)
         small = int4_linear(layer, group_size) if bits == 4 else int8_linear(layer)
         scale = getattr(layer, "input_scale", None)
         model.set_submodule(name, small if scale is None else nn.Sequential(scale, small))
+    _leave_fast_path(model)
     return model
+
+
+def _leave_fast_path(model):
+    """Let PyTorch's transformer encoders call their linear layers, of which their fast path takes the weights."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # as for any other activation, which that path does not have
 
 
 def int8_linear(layer):
