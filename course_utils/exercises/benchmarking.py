@@ -333,7 +333,7 @@ EXERCISES = (
             Mistake(
                 "backwards from the same one",
                 lambda *a: _turns(*a, backwards="from the same one"),
-                "on the way back the rounds start with the same contender as on the way there: the right orders, but each of them one round too early",
+                "on the way back the rounds start with the same contender as on the way there: right orders, one round too early",
                 "from back to front the last comes first",
             ),
         ),

@@ -305,7 +305,7 @@ EXERCISES = (
             Mistake(
                 "halves instead of neighbours",
                 lambda q: _pack(q, halves=True),
-                "the first half of all integers went into the low bits and the second half into the high ones, as GGUF does it within each block",
+                "the first half of all integers went into the low bits, the second into the high ones, as in a block of GGUF",
                 "integers 0 and 1 share the first byte, 2 and 3 the second",
             ),
             Mistake(

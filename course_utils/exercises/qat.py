@@ -462,7 +462,7 @@ EXERCISES = (
             Mistake(
                 "biased variance",
                 lambda *a: _verdict(*a, unbiased=False),
-                "the variances were divided by the number of values, which with three seeds makes that of the seeds a third too small",
+                "the variances were divided by the number of values: with three seeds that of the seeds is a third too small",
                 "three values have two degrees of freedom",
             ),
         ),

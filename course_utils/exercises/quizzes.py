@@ -60,9 +60,9 @@ class Quiz:
         return f'To answer: `exercises.quiz("{self.questions[0].id}", "a")`. It tells you why, and exercises.progress() counts it.'
 
 
-def questions(notebook):
-    """Return the `Question`s of a notebook, "00" to "06"; none when it has no quiz."""
-    return tuple(question for question in _all() if question.id.split(".")[0] == notebook)
+def questions(notebook=None):
+    """Return the `Question`s of a notebook, as "06", none when it has no quiz; without a notebook those of all, in order."""
+    return tuple(question for question in _all() if notebook in (None, question.id.split(".")[0]))
 
 
 def question(id):
