@@ -83,7 +83,7 @@ def test_ids_are_notebook_and_place_in_the_file():
         found = quizzes.questions(notebook)
         assert [question.id for question in found] == [f"{notebook}.{n}" for n in range(1, len(stored) + 1)]
         assert [question.text for question in found] == [" ".join(row["text"].split()) for row in stored]
-    quizzes._all.cache_clear()
+    quizzes.every.cache_clear()
     assert [question for notebook in NOTEBOOKS for question in quizzes.questions(notebook)] == EVERY
 
 

@@ -101,8 +101,8 @@ def test_questions_that_somebody_has_not_got_right(handed_in, tmp_path):
 
 
 def test_questions_of_a_notebook_that_was_added_count_too(monkeypatch):
-    every = (*quizzes._all(), quizzes.Question("07.1", "Why?", ()))
-    monkeypatch.setattr(quizzes, "_all", lambda: every)
+    every = (*quizzes.every(), quizzes.Question("07.1", "Why?", ()))
+    monkeypatch.setattr(quizzes, "every", lambda: every)
     done = {id: ("attempted", 1) for id in ("07.1", "01.2", "gptq")}
     table = classroom.questions_table([classroom.Learner("Ada", done, "")])
     assert [line[0] for line in table.rows] == ["01.2", "07.1"]

@@ -149,7 +149,7 @@ def reset():
 
 def _rows():
     done = _progress.read()
-    rows = [("question", q.id, q.id.split(".")[0], q.text, 1) for q in _quizzes.questions()]
+    rows = [("question", q.id, q.id.split(".")[0], q.text, 1) for q in _quizzes.every()]
     rows += [("exercise", e.id, e.notebook, e.title, e.minutes) for e in every().values()]
     return [
         {

@@ -60,18 +60,9 @@ class Quiz:
         return f'To answer: `exercises.quiz("{self.questions[0].id}", "a")`. It tells you why, and exercises.progress() counts it.'
 
 
-def questions(notebook=None):
-    """Return the `Question`s of a notebook, as "06", none when it has no quiz; without a notebook those of all, in order."""
-    return tuple(question for question in _all() if notebook in (None, question.id.split(".")[0]))
-
-
-def question(id):
-    """Return the `Question` of that id, or None."""
-    return next((each for each in _all() if each.id == id), None)
-
-
 @functools.cache
-def _all():
+def every():
+    """Return the `Question`s of all notebooks, in order."""
     found = []
     folder = resources.files(__package__) / "quizzes"
     for file in sorted(folder.iterdir(), key=lambda each: each.name):
@@ -83,6 +74,16 @@ def _all():
             table = tuple(tuple(line) for line in row.get("table", ()))
             found.append(Question(f"{notebook}.{number}", _line(row["text"]), options, table))
     return tuple(found)
+
+
+def questions(notebook):
+    """Return the `Question`s of a notebook, as "06"; none when it has no quiz."""
+    return tuple(question for question in every() if question.id.split(".")[0] == notebook)
+
+
+def question(id):
+    """Return the `Question` of that id, or None."""
+    return next((each for each in every() if each.id == id), None)
 
 
 def _line(text):
