@@ -30,9 +30,8 @@ class _Explicit(nn.Module):
         self.opset = opset
         weight, qparams = layer.weight.detach(), getattr(layer, "weight_qparams", None)
         self.rounds_weight, self.rounds_input = qparams is not None, hasattr(layer, "input_quantizer")
-        self.divide = getattr(
-            layer, "input_scale", None
-        )  # the `InputScale` of rounding.awq, which acts before all rounding
+        # The `InputScale` of rounding.awq, which acts before all rounding.
+        self.divide = getattr(layer, "input_scale", None)
         if self.rounds_weight:
             weight, zero_point = affine.quantize(weight, qparams), qparams.zero_point.to(qparams.dtype)
             self.register_buffer("weight_scale", qparams.scale)

@@ -98,9 +98,8 @@ def mutmut(folder, *arguments):
     run = subprocess.run(
         [sys.executable, "-m", "mutmut", *arguments], cwd=folder, env=environment, capture_output=True, text=True
     )
-    if (
-        run.returncode and "nothing matches" not in run.stderr
-    ):  # which is how it is asked to make all changes and try none
+    # "Nothing matches" is how it is asked to make all changes and try none.
+    if run.returncode and "nothing matches" not in run.stderr:
         raise MutantsError(f"mutmut {arguments[0]} failed:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
     return run.stdout
 
