@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+PIECE = 2**18  # numbers rounded at once: the steps between take many times their memory
+
 
 class Fields(NamedTuple):
     """The parts of a code from the highest bit down: their widths in bits, or their bits as strings of 0 and 1.
@@ -32,7 +34,9 @@ class Format:
 
     def round(self, x, **options):
         """Return `x` as the format holds it: `decode(encode(x))`, float32, same shape; `options` are those of `encode`."""
-        return self.decode(self.encode(x, **options))
+        x = _as_doubles(x)
+        pieces = x.flatten().split(PIECE)
+        return torch.cat([self.decode(self.encode(piece, **options)) for piece in pieces]).view(x.shape)
 
     def grid(self):
         """Return all finite values, sorted and each once: float32 `(values,)`, with one zero.

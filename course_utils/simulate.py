@@ -302,7 +302,7 @@ def size(model, policy):
     embedding counts for both, since `quantize` rounds that of the layer alone. Activations are not stored; neither are their
     ranges counted. Raises `ValueError` as `prepare` does.
     """
-    model = prepare(model, policy)
+    model = prepare(_shapes(model), policy)
     stored, rounded = Counter(), set()
     for name, (bits, _) in policy.bits(model).items():
         if bits is None:
@@ -321,6 +321,15 @@ def size(model, policy):
     for tensor in rest.values():
         stored["rest"] += tensor.numel() * (2 if tensor.is_floating_point() else tensor.element_size())
     return Size(**{part: stored[part] for part in ("weights", "scales", "zero_points", "rest")})
+
+
+def _shapes(model):
+    """Return a copy of `model` whose tensors have shapes and types, but neither numbers nor memory."""
+    memo = {}  # what `deepcopy` takes for copied already; a tensor with two names stays one
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(model, memo)
 
 
 def weight_scales(w, policy):

@@ -534,3 +534,11 @@ def test_blocks_move_no_number_by_more_than_their_scale(x, form):
     if form is NVFP4:  # a scale among the subnormals of E4M3 is up to half a step of theirs too small
         worst = worst.clamp(min=6 * FP8_E4M3.smallest_subnormal / 2 * form.tensor_scale(x).item())
     assert ((form.fake_quantize(x) - x).abs() <= worst * (1 + 1e-6)).all()
+
+
+def test_rounding_in_pieces_is_rounding_at_once(monkeypatch):
+    x = torch.randn(5, 9, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(formats, "PIECE", 7)
+    for form in (formats.FP8_E4M3, formats.INT4, formats.NF4):
+        assert torch.equal(form.round(x), form.decode(form.encode(x)))
+        assert form.round(0.3).shape == () and form.round(x[:0]).shape == (0, 9)

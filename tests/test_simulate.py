@@ -338,3 +338,17 @@ def test_scales_that_fp16_cannot_hold_are_refused(granularity):
     assert simulate.weight_qparams(torch.full((2, 4), 65504.0 * 7), policy, 4).scale.max() == 65504
     with pytest.raises(ValueError, match="scale of 1.43e.07 cannot be stored in FP16: the weights are too large"):
         simulate.weight_qparams(torch.full((2, 4), 1e8), policy, 4)
+
+
+def test_the_size_is_counted_without_another_copy_of_the_numbers(resnet18):
+    shapes = simulate._shapes(resnet18)
+    assert all(tensor.is_meta for tensor in (*shapes.parameters(), *shapes.buffers()))
+    assert not resnet18.conv1.weight.is_meta
+    assert shapes.state_dict().keys() == resnet18.state_dict().keys()
+
+
+def test_a_tensor_with_two_names_stays_one_in_the_copy_of_shapes():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    shapes = simulate._shapes(tied)
+    assert shapes[0].weight is shapes[1].weight and isinstance(shapes[0].weight, nn.Parameter)

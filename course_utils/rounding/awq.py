@@ -65,18 +65,21 @@ def awq(model, policy, batches, *, positions=1024, random=False, seed=0):
         size = x.movedim(channel, 0).flatten(1).abs().mean(1).clamp(min=1e-8)
         if random:
             size = size[torch.randperm(len(size), generator=generator)]
-        found = []
+        best = None
         for strength in STRENGTHS if getattr(layer, "groups", 1) == 1 else (0.0,):
             factors = _factors(size, strength)
             larger = w * factors.reshape(1, -1, *[1] * (w.ndim - 2)) if strength else w
             qparams = simulate.weight_qparams(larger, policy, bits[name])
             rounded = affine.fake_quantize(larger, qparams)
             as_seen = rounded / factors.reshape(1, -1, *[1] * (w.ndim - 2)) if strength else rounded
-            found.append((float(fit.error(as_seen)), strength, factors, rounded, qparams, float(held.error(as_seen))))
-        nearest = found[0][-1]
-        _, strength, factors, rounded, layer.weight_qparams, error = min(found, key=lambda each: each[0])
+            error = float(fit.error(as_seen))
+            if best is None:
+                nearest = as_seen  # of strength 0
+            if best is None or error < best[0]:
+                best = error, strength, factors, rounded, qparams, as_seen
+        _, strength, factors, rounded, layer.weight_qparams, as_seen = best
         weights.set_weight(layer, rounded)
-        report.append(Scaling(name, w.numel(), strength, nearest, error))
+        report.append(Scaling(name, w.numel(), strength, float(held.error(nearest)), float(held.error(as_seen))))
         if not strength:
             return x
         scale_input(layer, InputScale(factors, channel))
