@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+BLOCK = 2**17  # numbers of a block that `clip="mse"` works on at a time
 CLIPS = ("minmax", "mse")
 
 
@@ -196,29 +197,28 @@ def _per_scale(x, axis, group_size, ragged):
 def _least_error(values, low, high, scheme):
     """Return, for each row of `values` `(scales, n)`, the fraction of low..high of least squared error: float64."""
     best = torch.ones_like(low)
-    least = _squared_error(values, low, high, scheme)
     # Coarse steps down to 0.07, then finer ones around the best: the error has one wide valley with ripples in it.
-    for steps in (range(1, 17), (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)):
-        centre = best.clone()
-        for step in steps:
-            fraction = (centre * 0.85**step).clamp(max=1)
-            error = _squared_error(values, low * fraction, high * fraction, scheme)
-            best, least = torch.where(error < least, fraction, best), torch.minimum(error, least)
+    for steps in (range(17), (0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75)):
+        fractions = (best * torch.tensor([[0.85**step] for step in steps], dtype=best.dtype)).clamp(max=1)
+        # Of a small tensor many at once, or it is the calls that take the time; of a large one each alone fills the cache.
+        parts = fractions.split(max(1, 8 * BLOCK // values.numel()))
+        errors = torch.cat([_squared_error(values, low * part, high * part, scheme) for part in parts])
+        best = fractions.gather(0, errors.argmin(0, keepdim=True))[0]
     return best
 
 
 def _squared_error(values, low, high, scheme):
-    """Return Σ (x − fake_quantize(x))² of each row of `values` `(scales, n)` for the ranges low..high: float64."""
-    p = qparams_from_range(low, high, **scheme, axis=0)
-    ends = ((end - p.zero_point[:, None]).float() for end in (p.qmin, p.qmax))
-    errors = []
+    """Return Σ (x − fake_quantize(x))² of each row of `values` `(scales, n)` for ranges low..high `(k, scales)`: float64."""
+    p = qparams_from_range(low.flatten(), high.flatten(), **scheme, axis=0)
+    scale, zero_point = (t.reshape(*low.shape, 1) for t in (p.scale, p.zero_point))
     # Blocks that stay in the processor's cache: the search goes through all values many times.
-    rows = max(1, 2**17 // values.shape[1])
-    for x, scale, bottom, top in zip(*(t.split(rows) for t in (values, p.scale[:, None], *ends)), strict=True):
-        u = x / scale
-        q = u.round().clamp_(bottom, top)
-        errors.append((u.sub_(q)).square_().sum(1))  # in steps, whose square could be too small or large for float32
-    return torch.cat(errors).double() * p.scale.double().square()
+    rows, errors = max(1, BLOCK // (values.shape[1] * len(low))), []
+    for x, step, shift in zip(values.split(rows), scale.split(rows, 1), zero_point.split(rows, 1), strict=True):
+        u = x / step
+        ends = (p.qmin, p.qmax) if scheme["symmetric"] else ((p.qmin - shift).float(), (p.qmax - shift).float())
+        q = u.round().clamp_(*ends)
+        errors.append((u.sub_(q)).square_().sum(2))  # in steps, whose square could be too small or large for float32
+    return torch.cat(errors, 1).double() * scale[..., 0].double().square()
 
 
 def _check_float(x):

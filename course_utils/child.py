@@ -1,19 +1,16 @@
-"""Measurements that need a Python process of their own: peak memory, time to load, settings read once at a start."""
+"""A Python process of its own, for what needs one: peak memory, libraries, and settings that are read once at a start."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
-import statistics
 import sys
 import threading
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 
 def in_child(fn, *args, env=None):
@@ -28,23 +25,30 @@ def in_child(fn, *args, env=None):
     """
     _check(fn, args)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin) as pool:
         with _environment(env or {}):
-            future = pool.submit(fn, *args)  # the process starts here, with the environment as it is now
+            future = pool.submit(_run, fn, args)  # the process starts here, with the environment as it is now
         try:
             return future.result()
         except BrokenProcessPool:
             raise MemoryError("the process was killed while it ran, most likely for want of memory") from None
 
 
-def _end_with_parent():
+def _begin():
     parent = multiprocessing.parent_process()
 
-    def wait():
+    def end_with_parent():
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    gc.disable()  # until the function is there, with torch and all: it would take a fifth of the time of the imports
+
+
+def _run(fn, args):
+    gc.freeze()  # what is imported stays, so nobody needs to look through it
+    gc.enable()
+    return fn(*args)
 
 
 def _check(fn, args):
@@ -78,7 +82,7 @@ def _set(variables):
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Memory of a child process in bytes: `total` at its peak, and `added` by the function beyond what Python, torch and the
+    """Memory of a child process in bytes: `total` at its peak, and `added` by the function beyond what Python and its
     imports already held. Only Linux lets the peak start anew at the function; elsewhere it is that of the whole process."""
 
     total: int
@@ -91,68 +95,11 @@ def peak_memory(fn, *args):
     fn: a function that a new process can import; its result is discarded. Errors are those of `in_child`.
     """
     _check(fn, args)
-    return PeakMemory(*in_child(_run_and_watch, fn, args))
+    return in_child(run_and_watch, fn, args)
 
 
-@dataclass(frozen=True)
-class LoadSeconds:
-    """Seconds to load a model in a process that has imported torch: `first`, with the imports it needs, and once more, `again`."""
-
-    first: float
-    again: float
-
-
-def load_seconds(what, *args, repeats=3):
-    """Return the `LoadSeconds` of a model, medians over so many fresh processes.
-
-    what: a function that loads it, called with `args` (see `in_child` for which); or a path, which `load_model` opens, with
-    the architecture's name as the other argument for float weights. The file is most likely still in the system's cache.
-    """
-    if isinstance(what, (str, os.PathLike)):
-        what, args = load_model, (what, *args)
-    _check(what, args)
-    runs = [in_child(_load_twice, what, args) for _ in range(repeats)]
-    return LoadSeconds(*(statistics.median(seconds) for seconds in zip(*runs, strict=True)))
-
-
-def load_model(path, name=None):
-    """Return the model in `path`, ready to call.
-
-    path: a file written by `backends.save`; or, with the architecture `name` given, float weights as safetensors.
-    """
-    if name is None:
-        from . import backends
-
-        return backends.load(path)
-    from safetensors.torch import load_file
-
-    from . import models
-
-    model = models.load(name, weights=None)
-    model.load_state_dict(load_file(path))
-    return model
-
-
-def load_and_run(path, name=None, *, size=224):
-    """Load the model in `path` and run one image of `size` × `size` pixels: what `peak_memory` is usually asked about.
-
-    The arguments are those of `load_model`.
-    """
-    model = load_model(path, name)
-    with torch.no_grad():
-        model(torch.zeros(1, 3, size, size))
-
-
-def _load_twice(fn, args):
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        fn(*args)
-        seconds.append(time.perf_counter() - began)
-    return seconds
-
-
-def _run_and_watch(fn, args):
+def run_and_watch(fn, args=()):
+    """Return the `PeakMemory` of `fn(*args)`, run in this process."""
     import psutil
 
     before = psutil.Process().memory_info().rss
@@ -162,7 +109,7 @@ def _run_and_watch(fn, args):
         pass
     fn(*args)
     peak = _peak_rss()
-    return peak, max(0, peak - before)
+    return PeakMemory(peak, max(0, peak - before))
 
 
 def _peak_rss():

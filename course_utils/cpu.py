@@ -111,7 +111,11 @@ def trim_after_each_cell():
         return
     shell = get_ipython()
     if shell is not None and _after_cell not in shell.events.callbacks["post_run_cell"]:
-        gc.freeze()  # what is imported stays: without looking through all of it a collection takes no time
+        # What is imported stays: without looking through all of it a collection takes no time. Most of it is torchvision's,
+        # which every lesson comes to.
+        with contextlib.suppress(Exception):
+            import torchvision  # noqa: F401
+        gc.freeze()
         shell.events.register("post_run_cell", _after_cell)
 
 

@@ -203,7 +203,9 @@ def _climb(model, ways, new, timed, calibration, judges, settings):
             missing[way.name] = str(error) if isinstance(error, RuntimeError) else f"{type(error).__name__}: {error}"
         cpu.trim_memory()
     contenders = {name: functools.partial(candidate, image) for name, candidate in made.items()}
-    timings = measure.latency(contenders, warmup=2, **settings) if contenders else {}
+    timings = (
+        measure.latency(contenders, warmup=2, **settings) if new & made.keys() else {}
+    )  # or there is nothing to learn
     return dict(timings), outcomes, missing
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from . import cpu
-from .child import in_child, load_model
+from .child import in_child
+from .loading import load_model
 from .profiling import onednn
 from .timing import Timing, latency
 

@@ -1,6 +1,7 @@
 """What we measure: accuracy with its interval, paired comparisons, size, and the machine itself.
 
-What takes more than a page has a module of its own, and its names here too: `timing`, `child`, `profiling`, `energy`, `isa`.
+What takes more than a page has a module of its own, and its names here too: `timing`, `child`, `loading`, `profiling`, `energy`,
+`isa`.
 """
 
 import importlib.metadata
@@ -13,16 +14,17 @@ from pathlib import Path
 import torch
 
 from . import cpu
-from .child import in_child, load_and_run, load_model, load_seconds, peak_memory
+from .child import in_child, peak_memory
 from .energy import energy
 from .isa import at_level
+from .loading import load_model, loading
 from .profiling import by_layer, kernels, layer_speedups, onednn
 from .stats import Proportion, mcnemar, mean_over_runs, paired_difference
 from .timing import Timing, Timings, aa_test, latency, overhead
 
 __all__ = ["accuracy", "compare", "compare_predictions", "compare_seeds", "predictions", "Comparison", "SeedComparison"]
 __all__ += ["aa_test", "latency", "overhead", "Timing", "Timings"]
-__all__ += ["in_child", "load_and_run", "load_model", "load_seconds", "peak_memory", "size_on_disk"]
+__all__ += ["in_child", "load_model", "loading", "peak_memory", "size_on_disk"]
 __all__ += ["at_level", "by_layer", "energy", "kernels", "layer_speedups", "machine", "onednn"]
 
 NO_IMAGES = "no images to measure on: batches was empty (a generator can be used only once)"

@@ -245,8 +245,11 @@ def test_an_engine_that_does_not_run_here_says_why_and_what_does(small, calibrat
     family = sys.modules["course_utils.backends.torch_ao"]
     found = [Engine("onednn", False, "not in this build of torch"), Engine("x86", True, "here")]
     monkeypatch.setattr(family, "engines", lambda: found)
+    loaded, import_module = [], backends.importlib.import_module
+    monkeypatch.setattr(backends.importlib, "import_module", lambda *a: loaded.append(a[0]) or import_module(*a))
     with pytest.raises(RuntimeError, match="'onednn' does not run here: not in this build of torch.*that do: x86"):
         backends.quantize_static(small, calibration, engine="onednn")
+    assert set(loaded) == {".torch_ao"}, "what other engines there are takes seconds and their libraries to know"
     assert backends.default_engine() == "x86"
 
 

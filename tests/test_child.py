@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from course_utils import backends, child, models
+from course_utils import backends, child, loading, models
 
 
 def allocate(megabytes):
@@ -81,14 +81,6 @@ def test_a_function_that_a_fresh_process_cannot_import_is_refused(monkeypatch):
         child.peak_memory(allocate, 1)
 
 
-def test_load_and_run_takes_float_and_quantized_files(tmp_path, resnet18, calibration):
-    save_file(resnet18.state_dict(), tmp_path / "float")
-    child.load_and_run(tmp_path / "float", "resnet18", size=32)
-    small = models.build("mobilenet_v2").eval()
-    backends.save(backends.quantize_dynamic(small), tmp_path / "int8")
-    child.load_and_run(tmp_path / "int8", size=32)
-
-
 def surroundings():
     return {"said": os.environ.get("COURSE_SAID"), "threads": torch.get_num_threads(), "process": os.getpid()}
 
@@ -111,10 +103,11 @@ def test_a_child_gives_back_the_result_of_a_function_with_arguments():
 def test_loading_is_timed_in_a_child_with_its_imports_and_without(tmp_path):
     path = tmp_path / "float"
     save_file(models.load("resnet18", weights=None).state_dict(), path)
-    found = child.load_seconds(path, "resnet18", repeats=1)
+    found = loading.loading(path, "resnet18", size=32)
     assert found.first > found.again > 0  # the first one imports torchvision
-    with pytest.raises(ValueError, match="fresh process"):
-        child.load_seconds(lambda: None)
+    assert 44 < found.memory.added / 1e6 < found.memory.total / 1e6, "the weights at least"
+    with pytest.raises(FileNotFoundError, match="not-here"):
+        loading.loading(tmp_path / "not-here", "resnet18")
 
 
 def test_load_model_takes_float_and_quantized_files(tmp_path, resnet18, images):
@@ -122,5 +115,5 @@ def test_load_model_takes_float_and_quantized_files(tmp_path, resnet18, images):
     int8 = backends.quantize_dynamic(resnet18)
     backends.save(int8, tmp_path / "int8")
     with torch.no_grad():
-        assert torch.equal(child.load_model(tmp_path / "float", "resnet18")(images), resnet18(images))
-        assert torch.equal(child.load_model(tmp_path / "int8")(images), int8(images))
+        assert torch.equal(loading.load_model(tmp_path / "float", "resnet18")(images), resnet18(images))
+        assert torch.equal(loading.load_model(tmp_path / "int8")(images), int8(images))

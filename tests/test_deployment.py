@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import backends, data, deployment, roofline
+from course_utils import backends, data, deployment, measure, roofline
 from course_utils.deployment import Way
 
 EAGER, FOLDED, BF16 = deployment.WAYS[:3]
@@ -129,6 +129,16 @@ def test_a_family_that_is_killed_takes_no_other_along(grey, killed):
         ValueError, match="nothing to compare with: FP32, eager does not run here: the process was killed"
     ):
         deployment.climb(grey, images, **settings)
+
+
+def test_a_family_of_which_nothing_runs_is_not_timed(grey, killed, monkeypatch):
+    absent = Way("FP32, absent", "tensorrt", "fp32", deployment.DEPLOY, "TensorRT")
+    timed, latency = [], measure.latency
+    monkeypatch.setattr(
+        measure, "latency", lambda contenders, **how: timed.append(list(contenders)) or latency(contenders, **how)
+    )
+    ladder = deployment.climb(grey, [torch.randn(1, 1, 8, 8)], ways=(EAGER, FOLDED, absent), rounds=3)
+    assert timed == [[EAGER.name, FOLDED.name]] and list(ladder.missing) == [absent.name]
 
 
 def test_a_way_that_fails_with_any_error_is_missing(grey, killed, monkeypatch):

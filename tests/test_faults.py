@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 
-from course_utils import backends, child, data, files, int4, ledger, models, report, smollm, training
+from course_utils import backends, data, files, int4, ledger, loading, models, report, smollm, training
 from course_utils.tools import arms, doctor, run, train_lm
 from tests.test_backends import SmallCNN
 from tests.test_tools_run import RECORD, launch, outputs, recorded, wait_for
@@ -389,7 +389,7 @@ LOADERS = {
     "int4.load_packed": (int4.load_packed, ValueError),
     "training.finetune": (resume, ValueError),
     "train_lm": (lambda path: train_lm._load(path, {}, train_lm.Recipe()), ValueError),
-    "child.load_model": (lambda path: child.load_model(path, "mobilenet_v2"), Exception),
+    "loading.load_model": (lambda path: loading.load_model(path, "mobilenet_v2"), Exception),
     "smollm.load": (gguf, ValueError),
     "ledger.read": (ledger.read, ledger.LedgerError),
     "report.read": (report.read, report.ReportError),

@@ -74,40 +74,46 @@ def hessian(inputs, damping):
 def compensate(w, h, policy, bits):
     """Return `(rounded, qparams)` of the weights `w` `(rows, ...)` of one layer, given H `(groups, k, k)` of its inputs.
 
-    With U the upper Cholesky factor of H⁻¹, row j of U over U_jj says how much each weight after j has to change per unit of
-    error made at j (equations 2 and 3, and the reformulation of section 3.3).
+    With H = R·Rᵀ, R upper triangular, Δw·H·Δwᵀ is the squared length of Δw·R, and number j of Δw·R depends on weights up to j
+    only. So each weight in turn goes where number j is smallest, given what the errors before it left there. That is where
+    GPTQ moves it too (Chen et al. 2025, arXiv 2507.18553), and takes no inverse of H.
     """
-    rest = w.reshape(len(h), -1, h.shape[1]).mT.contiguous()  # groups of the convolution, columns, rows
-    u = torch.linalg.cholesky(h)
-    del h  # of a convolution it takes up to 85 MB, and so does each of the next
-    u = torch.cholesky_inverse(u)
-    u = torch.linalg.cholesky(u, upper=True)
     size = policy.granularity if isinstance(policy.granularity, int) else None
     chosen = [] if size else [simulate.weight_qparams(w, policy, bits)]
+    r = h.flip(1, 2)
+    del h  # of a convolution it takes up to 85 MB, and so does each of the next
+    r = torch.linalg.cholesky(r)
+    r = r.flip(1, 2)
+    w, shape = w.reshape(len(r), -1, r.shape[1]).mT.contiguous(), w.shape  # groups of the convolution, columns, rows
+    rounded, errors = torch.empty_like(w), torch.empty_like(w)
+    grid = None if size else _grid(chosen[0], len(w))
     block = size * max(1, BLOCK // size) if size else BLOCK
-    for start in range(0, rest.shape[1], block):
-        end = min(start + block, rest.shape[1])
-        errors = torch.empty_like(rest[:, start:end])
+    for start in range(0, w.shape[1], block):
+        end = min(start + block, w.shape[1])
+        left = r[:, :start, start:end].mT @ errors[:, :start]  # numbers of Δw·R so far
         for j in range(start, end):
             if size and j % size == 0:
-                group = rest[:, j : min(j + size, end)].mT.flatten(0, 1)
-                chosen.append(simulate.weight_qparams(group, policy, bits))
-            rounded = _to_grid(rest[:, j], chosen[-1])
-            errors[:, j - start] = (rest[:, j] - rounded) / u[:, j, j, None]
-            rest[:, j:end] -= u[:, j, j:end, None] * errors[:, j - start, None]
-            rest[:, j] = rounded
-        rest[:, end:] -= u[:, start:end, end:].mT @ errors
+                group = slice(j, min(j + size, end))
+                here = left[:, j - start : group.stop - start]
+                moved = torch.linalg.solve_triangular(r[:, group, group].mT, here, upper=False)
+                chosen.append(simulate.weight_qparams((w[:, group] + moved).mT.flatten(0, 1), policy, bits))
+                grid = _grid(chosen[-1], len(w))
+            rounded[:, j] = _to_grid(w[:, j] + left[:, j - start] / r[:, j, j, None], *grid)
+            errors[:, j] = w[:, j] - rounded[:, j]
+            left[:, j - start + 1 :] += r[:, j, j + 1 : end, None] * errors[:, j, None]
     qparams = chosen[0]
     if size:
         scale, zero_point = (torch.cat([getattr(c, key) for c in chosen], 1) for key in ("scale", "zero_point"))
         qparams = affine.QParams(scale, zero_point, qparams.qmin, qparams.qmax, None, size)
-    return rest.mT.reshape(w.shape), qparams
+    return rounded.mT.reshape(shape), qparams
 
 
-def _to_grid(column, qparams):
-    """Return a column of weights `(groups, rows)` rounded to nearest: `affine.fake_quantize`, without its checks."""
-    scale, zero_point = qparams.scale, qparams.zero_point
-    if scale.numel() > 1:
-        scale, zero_point = scale.view(column.shape), zero_point.view(column.shape)
-    q = (column / scale).round_().add_(zero_point).clamp_(qparams.qmin, qparams.qmax)
-    return q.sub_(zero_point).mul_(scale)
+def _grid(qparams, groups):
+    """Return the scale of a column of weights `(groups, rows)`, and the fewest and the most steps of it that a weight may be."""
+    scale, zero_point = (p.view(groups, -1) if p.numel() > 1 else p for p in (qparams.scale, qparams.zero_point))
+    return scale, (qparams.qmin - zero_point).float(), (qparams.qmax - zero_point).float()
+
+
+def _to_grid(column, scale, fewest, most):
+    """Return a column of weights rounded to nearest: `affine.fake_quantize`, without its checks."""
+    return (column / scale).round_().clamp_(fewest, most).mul_(scale)
