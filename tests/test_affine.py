@@ -348,3 +348,15 @@ def test_clipping_gives_each_scale_what_it_would_get_alone(granularity):
 def test_an_unknown_clipping_is_refused():
     with pytest.raises(ValueError, match="minmax, mse, got 'kl'"):
         affine.choose_qparams(torch.ones(2), clip="kl")
+
+
+def test_a_map_for_a_whole_tensor_has_one_scale():
+    two = affine.QParams(torch.ones(2), torch.zeros(2, dtype=torch.int32), -8, 7)
+    with pytest.raises(ValueError, match="a tensor of shape .3,. does not fit parameters of shape .2,. with axis=None"):
+        affine.quantize(torch.ones(3), two)
+
+
+def test_what_is_not_finite_is_said_in_a_sentence():
+    with pytest.raises(ValueError) as error:
+        affine.extremes(torch.tensor([1.0, float("inf")]))
+    assert str(error.value) == "the tensor holds NaN or infinite values, which have no place in a finite range"

@@ -10,6 +10,7 @@ import torch
 
 from course_utils import exercises
 from course_utils.exercises.checking import judge
+from course_utils.exercises.compare import show
 from course_utils.exercises.exercise import DIFFICULTIES
 
 EVERY = exercises.every()
@@ -38,6 +39,8 @@ def test_stub_is_not_attempted(id):
     stub = exercise.stub()
     assert judge(exercise, written(stub, exercise.solution.__name__)).passed is None
     assert exercise.solution.__doc__ in stub and exercise.source().rstrip() not in stub
+    (function,) = ast.parse(stub).body
+    assert [type(statement) for statement in function.body] == [ast.Expr, ast.Raise], "nothing of the solution is left"
     assert exercise.fill(stub) == exercise.source().rstrip()
 
 
@@ -144,6 +147,36 @@ def test_what_an_answer_raises_is_shown_short_and_as_its_own(error):
     line = next(line for line in verdict.text.splitlines() if "raised" in line)
     assert type(error).__name__ in line and "in mine" in line and "raise error" in line
     assert "course_utils" not in verdict.text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (torch.tensor([0.5, 3.0]), "float32 (2,) [0.5, 3]"),
+        (torch.arange(9), "int64 (9,) [0, 1, 2, 3, 4, 5, 6, 7, …]"),
+        (0.25, "0.25"),
+        ([1, 2.0], "[1, 2]"),
+        (list(range(9)), "[0, 1, 2, 3, 4, 5, 6, 7, …]"),
+        ((1, 2), "(1, 2)"),
+        ((1,), "(1,)"),
+        (["a" * 60], "['" + "a" * 58 + "…]"),
+        ({"a": 1, "b": [2]}, "{'a': 1, 'b': [2]}"),
+        ("b" * 158, "'" + "b" * 158 + "'"),
+        ("b" * 159, "'" + "b" * 158 + "…"),
+    ],
+)
+def test_values_are_shown_short(value, text):
+    assert show(value) == text
+
+
+def test_a_wrong_case_is_shown_with_all_its_arguments():
+    verdict = judge(EVERY["zero-point"], lambda low, high, bits=8: (low, high))
+    case = EVERY["zero-point"].cases(torch.Generator().manual_seed(0))
+    first = next(iter(case))
+    assert (
+        f"input     {', '.join(show(argument, 80) for argument in first.args)}\n" in verdict.text
+        and len(first.args) > 1
+    )
 
 
 def test_an_answer_must_be_a_function():

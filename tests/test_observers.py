@@ -103,6 +103,11 @@ def test_percentiles_that_make_no_range_are_refused(percentile):
         Percentile(percentile)
 
 
+def test_an_average_that_keeps_nothing_is_the_last_batch():
+    observer = MovingAverage(1).observe(torch.tensor([-9.0, 9.0])).observe(torch.tensor([-1.0, 2.0]))
+    assert observer.qparams() == MinMax().observe(torch.tensor([-1.0, 2.0])).qparams()
+
+
 @pytest.mark.parametrize("averaging", [0, 1.1, float("nan")])
 def test_averages_that_forget_all_or_nothing_are_refused(averaging):
     with pytest.raises(ValueError, match="averaging must be above 0"):
@@ -325,6 +330,22 @@ def test_fewer_bits_clip_more():
 
 
 # --- Entropy
+
+
+def test_the_smallest_threshold_that_is_tried_gives_each_bin_a_level_of_its_own():
+    counts = [
+        1000,
+        10,
+        900,
+        20,
+        800,
+        30,
+        700,
+        40,
+    ]  # in the first bins, of 1/4096 each; signed 4 bits have as many levels
+    x = torch.cat([torch.full((n,), (bin + 0.5) / 4096) for bin, n in enumerate(counts)] + [torch.tensor([0.999])])
+    _, high = Entropy().observe(x)._range({"bits": 4, "symmetric": True, "signed": None})
+    assert float(high) == len(counts) / 4096
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

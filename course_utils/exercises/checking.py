@@ -5,7 +5,6 @@ The function runs in a thread of its own, so that an endless loop ends in a sent
 
 import copy
 import ctypes
-import linecache
 import threading
 import traceback
 from dataclasses import dataclass
@@ -155,5 +154,4 @@ def _short(error):
     theirs = [f for f in theirs if "site-packages" not in f.filename] or theirs
     if not theirs:
         return text
-    line = theirs[-1].line or linecache.getline(theirs[-1].filename, theirs[-1].lineno)
-    return f"{text}, in {theirs[-1].name}, line {theirs[-1].lineno}: {line.strip()}"
+    return f"{text}, in {theirs[-1].name}, line {theirs[-1].lineno}: {(theirs[-1].line or '').strip()}"

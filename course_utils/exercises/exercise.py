@@ -77,6 +77,6 @@ class Exercise:
         for node in ast.parse(cell).body:
             if isinstance(node, ast.FunctionDef) and node.name == self.solution.__name__:
                 lines = cell.splitlines()
-                lines[node.lineno - 1 : node.end_lineno] = self.source().rstrip().splitlines()
+                lines[node.lineno - 1 : node.end_lineno] = self.source().splitlines()
                 return "\n".join(lines)
         raise ValueError(f"the cell defines no {self.solution.__name__}(...), which exercise {self.id!r} asks for")
