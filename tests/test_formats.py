@@ -542,3 +542,9 @@ def test_rounding_in_pieces_is_rounding_at_once(monkeypatch):
     for form in (formats.FP8_E4M3, formats.INT4, formats.NF4):
         assert torch.equal(form.round(x), form.decode(form.encode(x)))
         assert form.round(0.3).shape == () and form.round(x[:0]).shape == (0, 9)
+
+
+@pytest.mark.parametrize("form", [formats.INT8, formats.FP4_E2M1], ids=str)
+def test_a_format_without_nan_says_so_by_its_name(form):
+    with pytest.raises(ValueError, match=f"the numbers hold NaN, for which {form.name} has no code"):
+        form.encode(torch.tensor([1.0, NAN]))

@@ -361,6 +361,23 @@ def test_a_condensed_problem_has_the_same_minimum(shape):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+def test_the_error_of_a_problem_is_the_mean_over_all_output_values():
+    generator = torch.Generator().manual_seed(0)
+    x, y, w = (torch.randn(2, *shape, generator=generator) for shape in ((50, 6), (50, 3), (3, 6)))
+    expected = (x @ w.mT - y).square().mean()
+    torch.testing.assert_close(walk.Problem(x, y, 50).error(w.flatten(0, 1)), expected)
+
+
+def test_rows_of_a_problem_are_drawn_with_their_targets_and_the_generator():
+    x = torch.arange(100.0).reshape(2, 50, 1)
+    problem = walk.Problem(x, -x, 50)
+    first, again, other = (problem.some(20, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert first.inputs.shape == (2, 20, 1) and first.places == 20 and torch.equal(first.targets, -first.inputs)
+    assert torch.equal(first.inputs[0] + 50, first.inputs[1]), "the same rows of both groups"
+    assert torch.equal(first.inputs, again.inputs) and not torch.equal(first.inputs, other.inputs)
+    assert problem.some(50, None) is problem and walk.Problem(x, -x, 60).some(20, None).places == 60
+
+
 def test_sampled_places_are_the_layers_own_outputs(small, batches):
     """The matrix product at the places is what the convolution computes there."""
     folded, images = weights.fold_batch_norm(small), everything(batches)[:16]
