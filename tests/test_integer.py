@@ -175,6 +175,16 @@ def test_the_mean_of_a_channel_rounds_half_to_even_around_its_zero():
     assert integer.global_avg_pool2d(q, zero_point=10).flatten().tolist() == [10, 12, 10]
 
 
+@pytest.mark.parametrize("height, width", [(2, 3), (1, 10), (2, 19), (7, 7), (8, 8)])
+def test_a_mean_is_the_sum_times_the_multiplier_of_one_by_the_count(height, width):
+    """Also halfway between two integers, where the last bit of the multiplier decides."""
+    count = height * width
+    ones = torch.arange(count + 1)[:, None] > torch.arange(count)  # none, one, two, … all of them
+    q = ones.reshape(1, count + 1, height, width).to(torch.uint8)
+    expected = integer.requantize(ones.sum(1).int(), *integer.quantize_multiplier(1 / count), 0, 0, 255)
+    assert torch.equal(integer.global_avg_pool2d(q, zero_point=0).flatten().int(), expected.int())
+
+
 def test_a_bias_counts_in_steps_of_both_scales_and_must_fit():
     assert integer.quantize_bias(torch.tensor([0.5, -1.0]), torch.tensor([0.1, 0.25])).tolist() == [5, -4]
     with pytest.raises(ValueError, match="no room in an int32 accumulator"):

@@ -237,6 +237,22 @@ def test_what_does_not_scale_or_is_called_twice_is_left_alone():
     assert fingerprint(cross_layer_equalization(model)) == fingerprint(model)
 
 
+class Twice(nn.Module):
+    """A convolution whose output goes two ways at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x.relu() + x.tanh()
+
+
+def test_a_convolution_is_no_pair_with_itself():
+    assert equalization._pairs(Twice().eval()) == []
+
+
 def test_channels_without_weights_stay():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
     with torch.no_grad():
