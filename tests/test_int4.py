@@ -205,7 +205,12 @@ def test_a_network_that_is_quantized_already_is_stored_as_it_is(tmp_path, mobile
     loaded = int4.load_packed(path)
     for name, layer in weights.layers(quantized).items():
         if hasattr(layer, "weight_qparams"):
-            assert torch.equal(weights.layers(loaded)[name].weight, layer.weight), name
+            again = weights.layers(loaded)[name]
+            assert torch.equal(again.weight, layer.weight), name
+            assert (again.weight_qparams.qmin, again.weight_qparams.qmax) == (
+                layer.weight_qparams.qmin,
+                layer.weight_qparams.qmax,
+            )
     with torch.no_grad():
         before, after = quantized(images), loaded(images)
     # Biases became FP16, which can carry an activation over to its neighbour.

@@ -19,10 +19,11 @@ from course_utils.rounding import (
     random_rounding,
     walk,
 )
-from course_utils.rounding.adaround import _annealed
+from course_utils.rounding.adaround import _annealed, _Grid, _learn_rounding
 from course_utils.simulate import Policy
 from tests.conftest import fingerprint
 
+awq_module = importlib.import_module("course_utils.rounding.awq")
 gptq_module = importlib.import_module("course_utils.rounding.gptq")  # the package's function has its name
 
 
@@ -419,6 +420,15 @@ def test_judged_on_other_images_than_learned_from():
     assert len(places.index) == len(places.index.unique()) == 200
 
 
+def test_adaround_starts_from_the_weights_as_they_are():
+    """Without a step, what is nearer to the upper integer goes up."""
+    w = torch.linspace(-0.9, 0.9, 19)[None] + 0.013
+    grid = _Grid(w, affine.QParams(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32), -8, 7))
+    problem = walk.Problem(torch.eye(19)[None], w.mT[None], 19)
+    learned = _learn_rounding(grid, problem, 0, 32, 0.01, 0.01, torch.Generator())
+    assert torch.equal(learned, grid.nearest)
+
+
 def test_the_annealing_falls_from_twenty_to_two_after_a_warm_start():
     betas = list(_annealed(100))
     assert betas[:20] == [None] * 20 and betas[20] == 20 and betas[-1] == pytest.approx(2, abs=0.05)
@@ -541,6 +551,18 @@ def test_awq_takes_care_of_the_inputs_that_are_large(uneven):
     layer = quantized.first
     assert torch.equal(affine.fake_quantize(layer.weight, layer.weight_qparams), layer.weight)
     assert torch.equal(layer.input_scale.factors.half().float(), layer.input_scale.factors)
+
+
+def test_the_seed_deals_out_the_means_of_the_control(uneven):
+    model, batches = uneven
+    first, again, other = (awq(model, Policy(weights=3), batches, random=True, seed=seed)[1] for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_factors_are_around_one_and_no_smaller_than_half_precision_has_them():
+    size = torch.tensor([1e-8, 1.0, 1e8])
+    assert torch.equal(awq_module._factors(size, 0.5), torch.tensor([1e-4, 1.0, 1e4]).half().float())
+    assert awq_module._factors(size, 1.0)[0] == 2.0**-14
 
 
 def test_a_copy_of_a_scaled_network_computes_the_same(uneven):
