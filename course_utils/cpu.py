@@ -25,6 +25,8 @@ ISA_FLAGS = {
     "sve": "scalable vectors",
 }
 
+WITHOUT_VNNI = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}  # limits of oneDNN
+
 
 def name():
     """Return the processor's name as the system gives it."""
@@ -53,8 +55,14 @@ def is_x86():
 
 
 def has_vnni():
-    """Return whether an x86 processor sums INT8 products straight into INT32 (else kernels may saturate at 16 bits)."""
-    return bool(flags() & {"avx512_vnni", "avx_vnni"})
+    """Return whether an x86 processor sums INT8 products straight into INT32 (else kernels may saturate at 16 bits).
+
+    It does not where oneDNN is held to older instructions, by `ONEDNN_MAX_CPU_ISA` (its page "CPU dispatcher control").
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    if limit in WITHOUT_VNNI:
+        return False
+    return bool(flags() & ({"avx_vnni"} if limit.startswith("AVX2_VNNI") else {"avx512_vnni", "avx_vnni"}))
 
 
 def has_bf16():

@@ -31,6 +31,26 @@ def test_x86(cpuinfo):
     assert cpu.has_vnni()
 
 
+@pytest.mark.parametrize(
+    "variable, limit, flags, expected",
+    [
+        ("ONEDNN_MAX_CPU_ISA", "AVX2", "avx2 avx512_vnni avx_vnni", False),
+        ("DNNL_MAX_CPU_ISA", "avx512_core", "avx2 avx512_vnni", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI", "avx2 avx512_vnni", False),
+        ("ONEDNN_MAX_CPU_ISA", "AVX2_VNNI", "avx2 avx_vnni", True),
+        ("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_VNNI", "avx2 avx512_vnni", True),
+        ("ONEDNN_MAX_CPU_ISA", "DEFAULT", "avx2 avx512_vnni", True),
+        ("ONEDNN_MAX_CPU_ISA", "ALL", "avx2", False),
+    ],
+)
+def test_vnni_counts_only_where_onednn_may_use_it(monkeypatch, variable, limit, flags, expected):
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(cpu, "flags", lambda: set(flags.split()))
+    monkeypatch.setenv(variable, limit)
+    assert cpu.has_vnni() is expected
+
+
 def test_arm(cpuinfo):
     cpuinfo(ARM)
     assert cpu.flags() == {"fp", "asimd", "asimddp"}
