@@ -25,7 +25,8 @@ ISA_FLAGS = {
     "sve": "scalable vectors",
 }
 
-WITHOUT_VNNI = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}  # limits of oneDNN
+ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"  # what oneDNN is told by how much of the processor it may use
+WITHOUT_VNNI = {"SSE41", "AVX", "AVX2", "AVX512_CORE"}  # its words for limits below VNNI
 
 
 def name():
@@ -57,9 +58,10 @@ def is_x86():
 def has_vnni():
     """Return whether an x86 processor sums INT8 products straight into INT32 (else kernels may saturate at 16 bits).
 
-    It does not where oneDNN is held to older instructions, by `ONEDNN_MAX_CPU_ISA` (its page "CPU dispatcher control").
+    It does not where oneDNN is held to older instructions, by `ONEDNN_MAX_CPU_ISA`, or its older name
+    `DNNL_MAX_CPU_ISA` (oneDNN's page "CPU dispatcher control").
     """
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    limit = os.environ.get(ISA_LIMIT, os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if limit in WITHOUT_VNNI:
         return False
     return bool(flags() & ({"avx_vnni"} if limit.startswith("AVX2_VNNI") else {"avx512_vnni", "avx_vnni"}))

@@ -14,7 +14,6 @@ from .loading import load_model
 from .profiling import onednn
 from .timing import Timing, latency
 
-VARIABLE = "ONEDNN_MAX_CPU_ISA"
 ALL = "DEFAULT"  # oneDNN's word for no limit
 NEEDS = {"AVX2": "avx2", "AVX2_VNNI": "avx_vnni", "AVX512_CORE": "avx512bw", "AVX512_CORE_VNNI": "avx512_vnni"}
 
@@ -44,7 +43,7 @@ def at_level(level, int8, fp32, name="resnet18", *, size=224, rounds=40, warmup=
     is as in `timing.latency`. torch's own kernels, for additions and pooling, are not limited by it.
     """
     options = {"rounds": rounds, "warmup": warmup, "threads": threads or torch.get_num_threads()}
-    return in_child(_time_files, level, int8, fp32, name, size, options, env={VARIABLE: level})
+    return in_child(_time_files, level, int8, fp32, name, size, options, env={cpu.ISA_LIMIT: level})
 
 
 def _time_files(level, int8, fp32, name, size, options):

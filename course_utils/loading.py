@@ -24,7 +24,8 @@ class Loading:
 def loading(path, name=None, *, size=224):
     """Load the model in `path` in a fresh Python process, run an image of `size` × `size` pixels, and return the `Loading`.
 
-    path, name: as for `load_model`. The file is most likely in the system's cache. Errors are those of `in_child`.
+    path, name: as for `load_model`. The file is most likely in the system's cache. Errors are those of `in_child` and
+    `load_model`.
     """
     return in_child(_load_twice, path, name, size)
 
@@ -32,7 +33,8 @@ def loading(path, name=None, *, size=224):
 def load_model(path, name=None):
     """Return the model in `path`, ready to call.
 
-    path: a file written by `backends.save`; or, with the architecture `name` given, float weights as safetensors.
+    path: a file written by `backends.save`; or, with the architecture `name` given, float weights as safetensors. Errors are
+    those of `backends.load`, or of safetensors and `load_state_dict`.
     """
     if name is None:
         from . import backends

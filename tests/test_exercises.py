@@ -171,12 +171,9 @@ def test_values_are_shown_short(value, text):
 
 def test_a_wrong_case_is_shown_with_all_its_arguments():
     verdict = judge(EVERY["zero-point"], lambda low, high, bits=8: (low, high))
-    case = EVERY["zero-point"].cases(torch.Generator().manual_seed(0))
-    first = next(iter(case))
-    assert (
-        f"input     {', '.join(show(argument, 80) for argument in first.args)}\n" in verdict.text
-        and len(first.args) > 1
-    )
+    first = next(iter(EVERY["zero-point"].cases(torch.Generator().manual_seed(0))))
+    assert len(first.args) > 1
+    assert f"input     {', '.join(show(argument, 80) for argument in first.args)}\n" in verdict.text
 
 
 def test_an_answer_must_be_a_function():

@@ -43,7 +43,7 @@ def test_what_belongs_to_no_mark_stays_and_a_lost_mark_is_named():
 def test_a_core_is_shared_by_as_many_as_its_busy_minutes_leave_room_for():
     # Two minutes of a core in ten of a reader: five learners; half a minute in five: ten.
     shown = sizing.table(NEEDS, {"00_a": 10, "01_b": 5})
-    assert shown.rows == [["00", "1.0", "2", "10", "5.0"], ["01", "2.0", "0", "5", "10.0"]]
+    assert shown.rows == [["00", "1.0", "2.0", "10", "5.0"], ["01", "2.0", "0.5", "5", "10.0"]]
 
 
 def test_the_server_is_sized_by_the_largest_and_the_busiest():

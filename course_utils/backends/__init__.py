@@ -494,9 +494,8 @@ def _family(engine):
         raise ValueError(f"unknown engine {engine!r}: choose one of {known}")
     found = next(e for e in _family_engines(family) if e.name == engine)
     if not found.runs:
-        running = (
-            ", ".join(e.name for e in _family_engines("torch_ao") if e.runs) or "none"
-        )  # the others take seconds to ask
+        # Those of torch alone: to ask the others takes seconds.
+        running = ", ".join(e.name for e in _family_engines("torch_ao") if e.runs) or "none"
         raise RuntimeError(
             f"engine {engine!r} does not run here: {found.why}. Engines of torch that do: {running}; "
             "backends.engines() knows of all"

@@ -32,7 +32,7 @@ def table(needs, minutes):
             [
                 name[:2],
                 f"{gib:.1f}",
-                f"{need['seconds'] * need['cores'] / 60:.0f}",
+                f"{need['seconds'] * need['cores'] / 60:.1f}",
                 f"{minutes[name]}",
                 f"{1 / busy:.1f}",
             ]
