@@ -21,7 +21,7 @@ AUDIT = PIP_AUDIT_LOGLEVEL=ERROR $(PY) -m uv tool run --quiet --isolated --pytho
 COMPILE = $(PY) -m uv pip compile pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 	--excludes requirements-torch.txt --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade) --extra test
 
-.PHONY: help setup run-all solved test lint unit test-notebooks lab badges needs binder colab audit mutants drift doctor slides kit class sizing train train-lowbit train-lm arms ladder notebook exercise results report compare site lock matrix offline small clean always
+.PHONY: help setup run-all solved test lint unit test-notebooks lab badges needs binder colab audit mutants constants drift doctor slides kit class sizing train train-lowbit train-lm arms ladder notebook exercise results report compare site lock matrix offline small clean always
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
@@ -72,12 +72,15 @@ leg-python%: always
 leg-oldest leg-newest: leg-%: always
 	$(MAKE) test-notebooks VENV=.venv-$* $(if $(filter oldest,$*),OLDEST=1,LATEST=1)
 
-# The environment is kept, but brought up to date. The record beside the report tells what the notebooks were last good with.
-DRIFT := $(if $(filter nightly,$(TORCH)),nightly,newest)
-
 mutants: $(INSTALLED) ## Change the code in small ways: do the tests notice? ONLY=stats: one file, SAMPLE=0: every change (hours)
 	@test -d results/mutmut || $(PIP) --target results/mutmut "mutmut>=3.8,<4"
 	@PYTHONPATH="$(CURDIR)/results/mutmut" $(PY) -m course_utils.tools.mutants $(ONLY) $(if $(SAMPLE),--sample $(SAMPLE)) --workers $(WORKERS)
+
+constants: $(INSTALLED) ## Make functions answer always the same, or None: which tests do not notice? ONLY=stats: one file (half an hour)
+	@$(PY) -m course_utils.tools.constants $(ONLY) --workers $(WORKERS)
+
+# The environment is kept, but brought up to date. The record beside the report tells what the notebooks were last good with.
+DRIFT := $(if $(filter nightly,$(TORCH)),nightly,newest)
 
 drift: always ## Which notebooks broke on the newest releases, why and since which versions; TORCH=nightly: on torch's nightly build (an hour)
 	@mkdir -p results/drift && rm -f .venv-$(DRIFT)/.installed results/drift/$(DRIFT).xml results/drift/$(DRIFT).md
@@ -188,7 +191,7 @@ $(INSTALLED): requirements.lock requirements-engines.lock requirements-torch.txt
 		"environment variable TORCH_INDEX: see the selector on torch's own page, \"Preview (Nightly)\"." >&2; exit 1; }
 	@test -n "$(PYTHON)" || { echo "No Python 3.11, 3.12 or 3.13 found: install one, or say PYTHON=/path/to/it." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
-		|| { echo "$(PYTHON) is not a Python 3.11, 3.12 or 3.13." >&2; exit 1; }
+		|| { echo "$(PYTHON) does not run here, or is not a Python 3.11, 3.12 or 3.13." >&2; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || "$(PYTHON)" -m venv --clear $(VENV)
 	@rm -f $(INSTALLED)
 	@echo "Installing the course's packages into $(VENV) (a few minutes, up to 6 GB) ..."

@@ -1,4 +1,4 @@
-"""What needs a process of its own: the environment it starts with, its memory, its time to load a model."""
+"""What needs a process of its own: the environment it starts with, its memory."""
 
 import os
 import signal
@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from course_utils import backends, child, loading, models
+from course_utils import child
 
 
 def allocate(megabytes):
@@ -98,22 +97,3 @@ def test_the_environment_of_a_child_is_there_before_its_libraries_and_leaves_our
 
 def test_a_child_gives_back_the_result_of_a_function_with_arguments():
     assert child.in_child(divmod, 17, 5) == (3, 2)
-
-
-def test_loading_is_timed_in_a_child_with_its_imports_and_without(tmp_path):
-    path = tmp_path / "float"
-    save_file(models.load("resnet18", weights=None).state_dict(), path)
-    found = loading.loading(path, "resnet18", size=32)
-    assert found.first > found.again > 0  # the first one imports torchvision
-    assert 44 < found.memory.added / 1e6 < found.memory.total / 1e6, "the weights at least"
-    with pytest.raises(FileNotFoundError, match="not-here"):
-        loading.loading(tmp_path / "not-here", "resnet18")
-
-
-def test_load_model_takes_float_and_quantized_files(tmp_path, resnet18, images):
-    save_file(resnet18.state_dict(), tmp_path / "float")
-    int8 = backends.quantize_dynamic(resnet18)
-    backends.save(int8, tmp_path / "int8")
-    with torch.no_grad():
-        assert torch.equal(loading.load_model(tmp_path / "float", "resnet18")(images), resnet18(images))
-        assert torch.equal(loading.load_model(tmp_path / "int8")(images), int8(images))

@@ -165,7 +165,7 @@ def test_help_lists_every_verb_on_one_line():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("PYTHON=false", "false is not a Python 3.11, 3.12 or 3.13."),
+        ("PYTHON=false", "false does not run here, or is not a Python 3.11, 3.12 or 3.13."),
         ("PYTHON=", "No Python 3.11, 3.12 or 3.13 found"),
         ("TORCH=gpu", "TORCH=gpu is unknown"),
         ("TORCH=nightly", "environment variable TORCH_INDEX"),
