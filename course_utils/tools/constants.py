@@ -14,6 +14,7 @@ Needs `fork`, so not Windows.
 import argparse
 import contextlib
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -217,9 +218,12 @@ def try_file(file):
     calling: how many call one. broken: those that fail although nothing is replaced, and do not count.
     """
     module = importlib.import_module(f"course_utils.{file.replace('/', '.')}")
-    import torchvision  # noqa: F401  (once for all copies of this process)
+    import pytest
 
     chosen, tests = functions(module), tests_of(file)
+    with contextlib.redirect_stdout(sys.stderr):  # so that all is imported once, not in each copy of this process
+        pytest.main([*tests, "-q", "--collect-only", "-p", "no:cacheprovider"])
+    gc.freeze()  # what is there by now stays, and is shared
 
     def learn():
         watch, callers = Watch(), {name: {} for name in chosen}
