@@ -250,6 +250,9 @@ def test_nf4_is_the_list_of_its_paper():
     x = random_float64(2000, -4, 1)
     expected = [min(NF4_TABLE, key=lambda v: abs(v - number)) for number in x.tolist()]
     assert NF4.round(x).tolist() == expected
+    halves = formats.Codebook("HALVES", "three values", (-1.0, 0.5, 2.0))
+    assert (tuple(NF4.fields), tuple(halves.fields)) == ((0, 0, 4), (0, 0, 2)), "a code is a place in the list"
+    assert (NF4.largest, halves.largest) == (1, 2)
 
 
 # What a format says of itself
@@ -269,7 +272,7 @@ def test_ranges_are_those_of_torch():
 
 @named("form", FLOATS, **each)
 def test_the_smallest_number_is_the_first_code(form):
-    assert form.decode(1) == form.smallest_subnormal == form.spacing(0.0)
+    assert form.decode(1) == form.smallest_subnormal == form.spacing(0.0) > 0
     assert form.decode(2**form.mantissa_bits) == form.smallest_normal
 
 
@@ -478,7 +481,11 @@ def test_e8m0_rounds_down_to_powers_of_two():
     assert E8M0.decode([0, 127, 254]).tolist() == [2.0**-127, 1.0, 2.0**127]
     assert torch.equal(E8M0.decode(codes), codes.to(torch.uint8).view(torch.float8_e8m0fnu).float())
     assert E8M0.grid().tolist() == [2.0**k for k in range(-127, 128)]
-    assert E8M0.spacing([3.0, 0.1]).tolist() == [2.0, 0.0625] and E8M0.bits_of(1.0) == ("", "01111111", "")
+    assert (
+        E8M0.spacing([3.0, 0.1]).tolist() == [2.0, 0.0625]
+        and E8M0.spacing(8.5) == 8
+        and E8M0.bits_of(1.0) == ("", "01111111", "")
+    )
     with pytest.raises(ValueError, match="no sign"):
         E8M0.encode([1.0, -2.0])
 

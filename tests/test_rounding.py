@@ -268,6 +268,7 @@ def test_channels_without_weights_stay():
 def test_equalizing_twice_changes_nothing_more(small):
     once = cross_layer_equalization(small)
     assert isinstance(once.stem[2], CappedReLU) and "16 caps from" in repr(once.stem[2])
+    assert "CappedReLU(2 caps from 0.5 to 6)" == repr(CappedReLU(torch.tensor([6.0, 0.5])))
     twice = cross_layer_equalization(once)
     torch.testing.assert_close(twice.stem[0].weight, once.stem[0].weight, rtol=1e-3, atol=0)
 
@@ -359,7 +360,7 @@ def test_the_policy_is_followed(small, batches):
 def test_without_folding_the_convolutions_are_rounded_as_they_are(small, batches):
     quantized, report = adaround(small, Policy(weights=3, fold=False), batches)
     assert isinstance(quantized.stem[1], nn.BatchNorm2d) and quantized.stem[0].bias is None
-    assert all(r.adaround < r.nearest for r in report)
+    assert report and all(r.adaround < r.nearest for r in report)
 
 
 @pytest.mark.parametrize("shape", [(40, 6), (12, 40)])

@@ -140,7 +140,8 @@ def test_none_is_the_answer_of_all(module):
 def test_a_job_apart_gives_its_answer_or_none_when_it_dies_or_never_ends():
     assert constants.apart(lambda: ("noticed", 7)) == ("noticed", 7)
     assert constants.apart(functools.partial(sys.exit, 3)) is None
-    assert constants.apart(functools.partial(time.sleep, 60), 0.2) is None
+    assert constants.apart(functools.partial(time.sleep, 600), 0.1) is None
+    assert constants.apart(lambda: all(iter(lambda: True, False)), 0.5) is None, "busy for ever"
 
 
 def test_each_file_has_the_tests_named_after_it_or_its_folder():

@@ -18,12 +18,12 @@ import gc
 import importlib
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +42,7 @@ TESTS = mutants.FILES | {  # what is not named after its file
     "tools/report": ("report",),
     "tools/site": ("site",),
 }
-PATIENCE = 60  # seconds that a run may take beyond ten times those of the run in which nothing is replaced
+PATIENCE = 60  # seconds of a core that a run may take beyond ten times those of the run in which nothing is replaced
 
 
 class ConstantsError(RuntimeError):
@@ -190,12 +190,19 @@ def run(tests, chosen, watch, by=None, *, stop):
 
 
 def apart(job, seconds=None):
-    """Return what `job()` returns in a copy of this process, silent, or None if it died or took longer than `seconds`."""
+    """Return what `job()` returns in a copy of this process, silent, or None if it died or was too slow.
+
+    seconds: of a core, and ten times as many in all, since others may be at work here too.
+    """
 
     def work(pipe):
+        import resource  # not on Windows
+
         with open(os.devnull, "w") as nowhere:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(nowhere.fileno(), stream.fileno())
+            if seconds:
+                resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(seconds), math.ceil(seconds) + 1))
             pipe.send(job())
 
     context = multiprocessing.get_context("fork")
@@ -205,7 +212,7 @@ def apart(job, seconds=None):
     theirs.close()
     answer = None
     with contextlib.suppress(EOFError):
-        answer = ours.recv() if ours.poll(seconds) else None
+        answer = ours.recv() if ours.poll(10 * seconds if seconds else None) else None
     process.kill()
     process.join()
     return answer
@@ -247,12 +254,11 @@ def try_file(file):
             run(tests, chosen, watch, lambda _: none, stop=False)
         return watch.passed, watch.failed
 
-    begun = time.monotonic()
-    learned = apart(learn)
+    learned, spent = apart(learn), sum(os.times()[2:4])  # by the copy, which has ended
     if learned is None:
         raise ConstantsError(f"The tests of {file} did not come to an end, although nothing was replaced.")
     callers, broken = learned
-    patience = PATIENCE + 10 * (time.monotonic() - begun)
+    patience = PATIENCE + 10 * spent
     verdicts = dict.fromkeys(chosen, "no tests")
     for name, those in callers.items():
         if those:
