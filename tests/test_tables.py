@@ -20,6 +20,7 @@ def test_markdown_is_what_github_and_notebooks_render():
         "| INT8 static | 11.3 | 93.9 % |",
     ]
     assert TABLE._repr_markdown_() == TABLE.markdown()
+    assert Table(["a"], [["x"]]).markdown() == "| a |\n| --- |\n| x |"
 
 
 def test_cells_may_be_numbers():

@@ -315,18 +315,20 @@ def main(arguments=None):
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise ConstantsError(f"{file} could not be tried:\n{done.stderr[-2000:]}")
-        print(f"{file}: tried", file=sys.stderr, flush=True)
         return json.loads(done.stdout)
 
     names = chosen.files or all_files()
-    with ThreadPoolExecutor(chosen.workers) as pool:
-        found = dict(zip(names, pool.map(there, names), strict=True))
     known = tomllib.loads((ROOT / KNOWN).read_text(encoding="utf-8"))["quiet"]
+    found = {}
+    with ThreadPoolExecutor(chosen.workers) as pool:
+        for file, each in zip(names, pool.map(there, names), strict=True):
+            found[file] = each
+            print(f"{file}.py", flush=True)
+            for name, verdict, why in summary({file: each}, known)[1]:
+                print(f"  {name}: {verdict}{f', and may: {why}' if why else ''}", flush=True)
+            for test in each["broken"]:
+                print(f"  {test}: fails although nothing is replaced, so it does not count", flush=True)
     table, quiet = summary(found, known)
-    for name, verdict, why in quiet:
-        print(f"{name}: {verdict}{f', and may: {why}' if why else ''}")
-    broken = [test for each in found.values() for test in each["broken"]]
-    print("".join(f"{test}: fails although nothing is replaced, so it does not count\n" for test in broken), end="")
     print(f"\n{table}")
     return any(why is None for *_, why in quiet)
 
