@@ -225,6 +225,31 @@ def test_a_network_of_ones_own_is_loaded_with_its_float_module(small, calibratio
     assert torch.equal(outputs(loaded, images), outputs(int8, images))
 
 
+@pytest.mark.parametrize("reduce_range, overflows", [(None, True), (False, True), (True, False)])
+def test_a_file_from_a_processor_with_vnni_says_so_on_one_without(
+    small, calibration, tmp_path, monkeypatch, reduce_range, overflows
+):
+    need("onednn")
+    monkeypatch.setattr(cpu, "is_x86", lambda: True)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: True)
+    int8 = backends.quantize_static(small, calibration, engine="onednn", reduce_range=reduce_range)
+    backends.save(int8, tmp_path / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not backends.may_overflow(backends.load(tmp_path / "model", model=SmallCNN()))
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert backends.may_overflow(backends.load(tmp_path / "model", model=SmallCNN())) is overflows
+    assert (
+        any("model: its weights use all 8 bits" in str(w.message) and w.filename == __file__ for w in said) is overflows
+    )
+
+
+def test_a_float_network_cannot_overflow(small):
+    assert not backends.may_overflow(backends.deploy(small, engine="torch"))
+
+
 @pytest.mark.parametrize("wrong", [nn.Linear(3, 10), nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])
 def test_a_float_module_that_does_not_fit_is_refused(small, calibration, tmp_path, wrong):
     backends.save(backends.quantize_static(small, calibration), tmp_path / "model")

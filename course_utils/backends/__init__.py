@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import re
+import warnings
 from dataclasses import dataclass
 
 from .. import cpu, files
@@ -110,6 +111,16 @@ def needs_headroom(engine):
         return True
     without_vnni = engine in ("onednn", "pt2e", "pt2e-inductor", "onnxruntime", "openvino")
     return without_vnni and cpu.is_x86() and not cpu.has_vnni()
+
+
+def may_overflow(model):
+    """Return whether 8-bit sums of `model`, quantized here or loaded, may overflow 16 bits on this machine.
+
+    Those of a network with all 8 bits of its weights may, where its engine `needs_headroom`: it comes from a processor with
+    VNNI, or was quantized with `reduce_range=False`.
+    """
+    recipe = recipe_of(model)
+    return recipe.get("reduce_range") is False and needs_headroom(recipe["engine"])
 
 
 def quantize_dynamic(model):
@@ -293,10 +304,12 @@ def save(model, path):
 
 
 def load(path, *, model=None):
-    """Return the model stored by `save`, ready to call, with outputs identical to the saved one's.
+    """Return the model stored by `save`, ready to call, with outputs identical to the saved one's on the same processor.
 
     model: the float32 module it was made from (any weights), needed only for architectures that `course_utils.models` does
     not know, and not at all for engines outside torch, whose files hold the whole network.
+
+    Warns when it comes from another processor and its sums `may_overflow` on this one, which costs accuracy.
 
     Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed byte, or a model that
     does not fit, `RuntimeError` when its engine does not run here. What the file says about sizes is held against what it
@@ -311,9 +324,16 @@ def load(path, *, model=None):
         else:
             model = _build(recipe, tensors) if model is None else model
             _check_layers(model, facts["layers"])
-        return _tag(_rebuild(family, model, facts, tensors), recipe, facts["layers"])
+        loaded = _tag(_rebuild(family, model, facts, tensors), recipe, facts["layers"])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if may_overflow(loaded):
+        warnings.warn(
+            f"{path}: its weights use all 8 bits, and sums of engine {recipe['engine']!r} may overflow on this processor, which "
+            "costs accuracy: quantize again here, or with reduce_range=True, which is right everywhere",
+            stacklevel=2,
+        )
+    return loaded
 
 
 def _build(recipe, tensors):
