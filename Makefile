@@ -76,7 +76,7 @@ mutants: $(INSTALLED) ## Change the code in small ways: do the tests notice? ONL
 	@test -d results/mutmut || $(PIP) --target results/mutmut "mutmut>=3.8,<4"
 	@PYTHONPATH="$(CURDIR)/results/mutmut" $(PY) -m course_utils.tools.mutants $(ONLY) $(if $(SAMPLE),--sample $(SAMPLE)) --workers $(WORKERS)
 
-constants: $(INSTALLED) ## Make functions answer always the same, or None: which tests do not notice? ONLY=stats: one file (half an hour)
+constants: $(INSTALLED) ## Make functions answer always the same, or None: which tests do not notice? ONLY=stats: one file
 	@$(PY) -m course_utils.tools.constants $(ONLY) --workers $(WORKERS)
 
 # The environment is kept, but brought up to date. The record beside the report tells what the notebooks were last good with.

@@ -309,7 +309,7 @@ def load(path, *, model=None):
     model: the float32 module it was made from (any weights), needed only for architectures that `course_utils.models` does
     not know, and not at all for engines outside torch, whose files hold the whole network.
 
-    Warns when it comes from another processor and its sums `may_overflow` on this one, which costs accuracy.
+    Warns when its sums `may_overflow` on this processor, which costs accuracy.
 
     Raises `FileNotFoundError`, `ValueError` for a file of another kind or version, one with a changed byte, or a model that
     does not fit, `RuntimeError` when its engine does not run here. What the file says about sizes is held against what it

@@ -180,7 +180,7 @@ class Watch:
         hypothesis.settings.load_profile("constants")
 
 
-def run(tests, chosen, watch, by=None, *, stop):
+def run(tests, chosen, watch, by, *, stop):
     """Run `tests` with pytest, each of the `chosen` functions replaced by what `by(name)` gives; `stop` at the first failure."""
     import pytest
 
