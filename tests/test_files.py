@@ -166,6 +166,14 @@ def test_results_of_a_read_only_checkout_go_to_the_temporary_folder_and_that_is_
     ]
 
 
+def test_a_folder_that_is_there_and_takes_files_is_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    found = {name: files.is_writable(tmp_path / name) for name in ("", "file", "absent")}
+    assert found == {"": True, "file": False, "absent": False}
+    monkeypatch.setattr(files.os, "access", lambda path, mode: mode != files.os.W_OK)
+    assert not files.is_writable(tmp_path)
+
+
 def test_two_users_have_two_temporary_folders(tmp_path, monkeypatch):
     monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(tmp_path))
     found = []
@@ -191,7 +199,7 @@ def test_without_a_home_that_takes_files_it_goes_to_the_temporary_folder(tmp_pat
     (tmp_path / "file").touch()
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path / "file"))
-    assert files.cache_dir() == files.temporary_dir()
+    assert files.cache_dir() == files.temporary_dir() and files.temporary_dir().parent == tmp_path / "temporary"
 
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
@@ -203,7 +211,29 @@ def test_without_a_home_that_takes_files_it_goes_to_the_temporary_folder(tmp_pat
 def test_tensors_of_any_strides_are_saved(tmp_path):
     tensors = {"a": torch.arange(24.0).reshape(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)}
     tensors["b"] = tensors["a"].flatten(1).T[::2]
-    files.save_tensors(tmp_path / "tensors", tensors, {"n": 1})
-    facts, found = files.load_tensors(tmp_path / "tensors", remedy="")
-    files.check_tensors(tmp_path / "tensors", facts, found, remedy="")
-    assert facts == {"n": 1} and all(torch.equal(found[key], tensors[key]) for key in tensors)
+    path = tmp_path / "tensors"
+    for facts, saved in (({"n": 1}, tensors), ({}, {"b": tensors["b"][:1]})):
+        assert files.save_tensors(path, saved, facts) == path.stat().st_size
+        read, found = files.load_tensors(path, remedy="")
+        files.check_tensors(path, read, found, remedy="")
+        assert read == facts and found.keys() == saved.keys()
+        assert all(torch.equal(found[key], saved[key]) for key in saved)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda facts, tensors: facts.update(n=2),
+        lambda facts, tensors: facts.pop("sha256"),
+        lambda facts, tensors: tensors["a"].add_(1),
+        lambda facts, tensors: tensors.update(a=tensors["a"].reshape(3, 2)),
+        lambda facts, tensors: tensors.update(b=tensors.pop("a")),
+    ],
+    ids=["fact", "no checksum", "number", "shape", "name"],
+)
+def test_what_differs_from_what_was_saved_is_damaged(damage, tmp_path):
+    files.save_tensors(tmp_path / "tensors", {"a": torch.arange(6.0).reshape(2, 3)}, {"n": 1})
+    facts, tensors = files.load_tensors(tmp_path / "tensors", remedy="")
+    damage(facts, tensors)
+    with pytest.raises(ValueError, match="tensors is damaged: .* or train it again"):
+        files.check_tensors(tmp_path / "tensors", facts, tensors, remedy="train it again")

@@ -63,6 +63,7 @@ def test_ones_own_number_wins_over_the_reference_and_does_not_change_it(referenc
 
 def test_what_nobody_recorded_is_none():
     assert ledger.get("FP32", "taste") is None and ledger.get("nobody", "latency") is None
+    assert ledger.get("FP32", "latency") is not None
 
 
 def test_without_environment_numbers_go_to_results_and_come_from_data(tmp_path, monkeypatch):
@@ -216,6 +217,8 @@ def test_merging_an_absent_ledger_changes_nothing(tmp_path, reference):
     before = json.loads(reference.read_text())
     ledger.merge(tmp_path / "absent.json", reference)
     assert json.loads(reference.read_text()) == before
+    ledger.merge(reference, tmp_path / "new.json")
+    assert json.loads((tmp_path / "new.json").read_text()) == before
 
 
 def test_a_table_shows_units_intervals_gaps_and_what_was_not_measured():
@@ -231,6 +234,7 @@ def test_a_table_shows_units_intervals_gaps_and_what_was_not_measured():
         ["blog", "–", "–", "4.00× (cited)", "12.35 ms (estimated)"],
         ["FP32", "–", "–", "–", "9 ms"],
     ]
+    assert ledger.table(["FP32"], ["latency"]).rows == [["FP32", "9 ms"]]
 
 
 def test_a_claim_prints_what_holds_and_what_was_measured(capsys):

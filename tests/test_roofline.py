@@ -42,6 +42,16 @@ def test_the_least_time_adds_what_each_layer_is_bound_by():
 def test_achieved_rates_take_the_layers_that_have_a_time():
     layers = [Work("a", 2 * 10**9, 1e9), Work("b", 1, 1)]
     assert roofline.achieved(layers, {"a": 100, "c": 5}) == [(2, 2e10, "a")]
+    assert roofline.achieved(layers, {"a": 200, "b": 1}) == [(2, 1e10, "a"), (1, 1000, "b")]
+
+
+def test_the_table_of_ceilings_has_their_ridges():
+    assert CEILINGS.table().rows == [
+        ["FP32", "100 G operations/s", "5", "a"],
+        ["INT8", "400 G operations/s", "20", "b"],
+        ["memory", "20.0 GB/s", "", "copy"],
+    ]
+    assert Ceilings({}, 5e9, 1, {"bandwidth": "triad"}).table().rows == [["memory", "5.0 GB/s", "", "triad"]]
 
 
 def test_ceilings_of_this_machine_are_found_with_what_reached_them():

@@ -129,11 +129,13 @@ def test_the_garbage_collector_rests_during_the_timing_only():
 
 
 def test_raw_times_are_kept_in_their_order_and_torchs_own_tools_take_them(monkeypatch):
-    clock = Clock(monkeypatch, [9] + [3, 1, 2, 8])
+    clock = Clock(monkeypatch, [9] + [3, 1, 2, 8] + [2] * 6)
     found = timing.latency({"a": clock.takes(1)}, rounds=4, warmup=1, settle=0)
     assert found["a"].times == (3, 1, 2, 8)
     (measurement,) = found.measurements()
     assert measurement.median == pytest.approx(0.0025) and measurement.num_threads == found.threads
+    more = timing.latency({"a": clock.takes(1), "b": clock.takes(2)}, rounds=3, warmup=0, settle=0).measurements()
+    assert [m.median for m in more] == pytest.approx([0.002, 0.004])
 
 
 def noise(kind, generator):
@@ -221,7 +223,7 @@ def test_timing_makes_few_calls_around_each_that_it_times():
             sys.setprofile(None)
         return sum(event in ("call", "c_call") for event in events)
 
-    assert (count(60) - count(10)) / 100 <= 40  # some are of the interval, which grows with the rounds
+    assert 2 <= (count(60) - count(10)) / 100 <= 40  # some are of the interval, which grows with the rounds
 
 
 def test_the_overhead_is_what_latency_takes_around_an_empty_call(monkeypatch):
