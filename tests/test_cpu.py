@@ -1,6 +1,7 @@
 """The processor's facts, read from /proc/cpuinfo as x86 and ARM write it, and guessed elsewhere."""
 
 import sys
+import types
 
 import pytest
 
@@ -27,6 +28,8 @@ def cpuinfo(monkeypatch):
 def test_x86(cpuinfo):
     cpuinfo(X86)
     assert cpu.name() == "A Xeon"
+    cpuinfo(X86.replace("A Xeon", "An EPYC"))
+    assert cpu.name() == "An EPYC"
     assert cpu.flags() == {"fpu", "avx2", "avx512f", "avx512_vnni"}
     assert cpu.has_vnni()
 
@@ -53,6 +56,7 @@ def test_vnni_counts_only_where_onednn_may_use_it(monkeypatch, variable, limit, 
 
 def test_arm(cpuinfo):
     cpuinfo(ARM)
+    assert cpu.name() == "0xd0c"
     assert cpu.flags() == {"fp", "asimd", "asimddp"}
     assert not cpu.has_vnni()
 
@@ -96,8 +100,34 @@ def test_the_last_level_caches_of_our_cores_are_added(tmp_path, monkeypatch):
     assert cpu.last_level_cache() == 2 * 16 * 2**20
 
 
-def test_this_machine():
+@pytest.mark.parametrize(("machine", "x86"), [("x86_64", True), ("AMD64", True), ("arm64", False), ("aarch64", False)])
+def test_what_is_x86(machine, x86, monkeypatch):
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    assert cpu.is_x86() is x86
+
+
+def test_the_cores_are_those_that_this_process_may_run_on(monkeypatch):
     assert cpu.cores() >= 1
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: {0, 2, 5}, raising=False)
+    assert cpu.cores() == 3
+    monkeypatch.delattr(cpu.os, "sched_getaffinity")
+    monkeypatch.setattr(cpu.os, "cpu_count", lambda: 7)
+    assert cpu.cores() == 7
+
+
+def test_memory_that_was_freed_is_given_back(monkeypatch):
+    called = []
+    library = types.SimpleNamespace(malloc_trim=called.append)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(cpu.gc, "collect", lambda: called.append("collect"))
+    cpu.trim_memory()
+    assert called == ["collect", 0]
+    for missing in (lambda name: types.SimpleNamespace(), lambda name: open("/no/such/library")):
+        monkeypatch.setattr(cpu.ctypes, "CDLL", missing)
+        cpu.trim_memory()  # of another C library nothing is asked
+
+
+def test_this_machine():
     assert cpu.memory_gib() is None or cpu.memory_gib() > 0
 
 

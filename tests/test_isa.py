@@ -33,3 +33,5 @@ def test_onednn_works_with_no_more_than_the_level_allows(tmp_path, resnet18, cal
     assert (found.level, found.isa) == ("AVX2", "Intel AVX2")
     assert found.convolutions and all(used.endswith("avx2") for used in found.convolutions)
     assert len(found.int8.times) == len(found.fp32.times) == 3 and found.fp32.speedup == 1
+    free = isa.at_level("DEFAULT", tmp_path / "int8", tmp_path / "fp32", size=32, rounds=3, warmup=1)
+    assert free.level == "DEFAULT" and not any(used.endswith("avx2") for used in free.convolutions)

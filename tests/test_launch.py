@@ -151,7 +151,7 @@ def machine(monkeypatch, memory, cores):
 
 def test_a_machine_that_is_large_enough_is_not_spoken_of(measured, capsys):
     launch.begin("02")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "" and launch.shortages("02") == []
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,7 @@ def test_a_smaller_machine_is_told_in_one_line_what_the_notebook_took(
 @pytest.mark.parametrize("content", ["{", "[]", '{"notebooks": 3}', None])
 def test_without_a_measurement_the_lesson_goes_on(measured, monkeypatch, capsys, content):
     machine(monkeypatch, 0.1, 1)
+    assert launch.shortages("02")
     measured.unlink() if content is None else measured.write_text(content)
     launch.begin("02")
     assert capsys.readouterr().out == ""

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from course_utils import backends, child, energy, isa, measure, profiling, qat, timing
-from course_utils.stats import Proportion, mcnemar
+from course_utils.stats import Proportion, mcnemar, paired_difference
 
 
 class Says(nn.Module):
@@ -59,7 +59,7 @@ MEASURES = {
 def test_a_frozen_batch_norm_stays_frozen(measured):
     model = small().train()
     qat.freeze(model)
-    measured(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))])
+    assert measured(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))])
     assert [part.training for part in model] == [True, False, True, True, True] and model.training
 
 
@@ -68,8 +68,8 @@ def test_a_part_in_training_mode_is_evaluated_too_and_goes_back(measured):
     model, modes = small().eval(), []
     model[2].train()
     model[2].register_forward_pre_hook(lambda dropout, args: modes.append(dropout.training))
-    measured(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))])
-    assert not any(modes) and [part.training for part in model] == [False, False, True, False, False]
+    assert measured(model, [(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))])
+    assert modes and not any(modes) and [part.training for part in model] == [False, False, True, False, False]
 
 
 def test_every_mode_is_restored_when_the_model_or_a_label_fails():
@@ -85,14 +85,14 @@ def test_exported_networks_in_training_go_back_to_it():
     pytest.importorskip("torchao", reason="torchao is not installed (make setup)")
     prepared = backends.prepare_qat(small(), engine="pt2e", image_shape=(3, 8, 8))
     x = torch.randn(2, 3, 8, 8)
-    measure.accuracy(prepared, [(x, torch.tensor([0, 1]))])
+    assert measure.accuracy(prepared, [(x, torch.tensor([0, 1]))]).n == 2
     assert prepared.training and not torch.equal(prepared(x), prepared(x))  # dropout
 
 
 def test_gradients_are_on_again_after_measuring():
-    measure.accuracy(Says(0, 1, 2), numbered([0, 1, 1]))
+    assert measure.accuracy(Says(0, 1, 2), numbered([0, 1, 1])).successes == 2
     assert torch.is_grad_enabled()
-    measure.compare(Says(0, 1, 2), Says(0, 1, 1), numbered([0, 1, 1]))
+    assert measure.compare(Says(0, 1, 2), Says(0, 1, 1), numbered([0, 1, 1])).fixed == 1
     assert torch.is_grad_enabled()
 
 
@@ -123,7 +123,10 @@ def test_compare_counts_flips_and_who_is_right():
 def test_a_comparison_carries_its_interval_and_p_value():
     found = measure.Comparison(1000, Proportion(930, 1000), Proportion(910, 1000), flips=50, fixed=10, broke=30)
     assert found.low < found.difference < found.high < 0 and found.difference == pytest.approx(-0.02)
-    assert found.p == mcnemar(10, 30)
+    assert found.p == mcnemar(10, 30) and found.agreement == 0.95
+    other = measure.Comparison(100, Proportion(50, 100), Proportion(60, 100), flips=10, fixed=10, broke=0)
+    assert other.agreement == 0.9 and other.p == mcnemar(10, 0)
+    assert (other.difference, other.low, other.high) == paired_difference(10, 0, 100)
     assert str(found).startswith("93.00% → 91.00%: -2.00 points [-3.24, -0.75], 50 of 1,000 predictions changed (")
     assert str(found).endswith("(10 fixed, 30 broke, McNemar p = 0.0022)")
 
@@ -141,12 +144,16 @@ def test_size_on_disk_of_a_quantized_model_is_that_of_its_saved_file(tmp_path):
     assert measure.size_on_disk(dynamic) < measure.size_on_disk(nn.Sequential(nn.Linear(64, 64))) / 2
 
 
-def test_the_machine_is_described_by_facts_that_json_can_hold():
+def test_the_machine_is_described_by_facts_that_json_can_hold(monkeypatch):
     facts = measure.machine()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["cpu"] and facts["cores"] >= 1 and facts["torch"] == torch.__version__
     assert facts["python"] == platform.python_version()
     assert facts["memory_gib"] is None or facts["memory_gib"] > 0
+    monkeypatch.setattr(measure.cpu, "name", lambda: "A Xeon")
+    monkeypatch.setattr(measure.cpu, "flags", lambda: {"avx2", "fpu"})
+    other = measure.machine()
+    assert (other["cpu"], other["isa"]) == ("A Xeon", ["avx2"]) and other.keys() == facts.keys()
 
 
 def test_stored_predictions_compare_as_the_models_do(resnet18, images):

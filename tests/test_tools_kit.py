@@ -79,9 +79,11 @@ def course(tmp_path_factory):
         for name in [name for name in os.environ if name.startswith(("PIP_", "UV_"))]:
             patch.delenv(name)
         patch.setenv("PIP_CONFIG_FILE", os.devnull)
-        for name in ("PIP", "UV"):
-            patch.setenv(f"{name}_NO_INDEX", "1")
-            patch.setenv(f"{name}_FIND_LINKS", str(index))
+        patch.setenv("PIP_NO_INDEX", "1")
+        patch.setenv("PIP_FIND_LINKS", str(index))
+        # There is no variable by which uv would leave the index alone.
+        (folder / "uv.toml").write_text(f"no-index = true\nfind-links = [{json.dumps(str(index))}]\n")
+        patch.setenv("UV_CONFIG_FILE", str(folder / "uv.toml"))
         yield root
 
 
