@@ -58,6 +58,7 @@ def test_loss_is_the_mean_over_sequences_with_an_interval(small):
     margin = 1.96 * float(found.each.std()) / math.sqrt(10)
     assert (found.low, found.high) == (pytest.approx(found.value - margin), pytest.approx(found.value + margin))
     assert found.bits == pytest.approx(found.value / math.log(2))
+    assert char_lm.Loss(torch.full((3,), math.log(2))).bits == pytest.approx(1)
     assert len(char_lm.loss(small, tokens, length=32, sequences=4).each) == 4
 
 

@@ -34,6 +34,11 @@ def test_peak_memory_is_what_the_function_took_even_if_it_gave_it_back():
     assert psutil.Process().memory_info().rss < mine + 100e6
 
 
+def test_in_this_process_too_more_is_more():
+    small, large = (child.run_and_watch(allocate, (megabytes,)) for megabytes in (100, 300))
+    assert large.added - small.added == pytest.approx(200e6, rel=0.2)
+
+
 def test_on_a_mac_the_peak_is_what_the_system_says(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     monkeypatch.setattr(child, "Path", lambda path: tmp_path / "absent")

@@ -117,6 +117,7 @@ def test_the_estimate_is_operations_and_bytes_by_the_table():
     assert found.low == pytest.approx(found.arithmetic + 4 * 1000 * 1300e-12 / 8)
     assert found.high == pytest.approx(found.arithmetic + 4 * 1500 * 2600e-12 / 8)
     assert found.joules == pytest.approx((found.low + found.high) / 2)
+    assert energy.EstimatedEnergy(1, 2, 4, "a table").joules == 3
     int8 = energy.estimate(COSTS, arithmetic="int8")
     assert found.arithmetic / int8.arithmetic == pytest.approx(46 / 3)
     narrow = energy.estimate(COSTS, weight_bits=4)
@@ -143,3 +144,6 @@ def test_measured_and_estimated_are_neither_compared_nor_put_into_one_column():
     table = energy.table({"FP32": measured, "INT8": estimated})
     assert table.rows[0] == ["FP32", "500", "400", "–"]
     assert table.rows[1][:3] == ["INT8", "–", "–"] and table.rows[1][3] != "–"
+    assert energy.table({"INT4": energy.EstimatedEnergy(1, 2, 4, "a table")}).rows == [
+        ["INT4", "–", "–", "2e+03 – 4e+03"]
+    ]

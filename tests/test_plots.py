@@ -120,6 +120,49 @@ def test_lines_have_their_names_beside_them_when_there_are_several():
     assert two.axes[0].get_xscale() == two.axes[0].get_yscale() == "log"
 
 
+SHARE, LESS = Proportion(90, 100), Proportion(50, 100)
+W = torch.linspace(-2, 2, 32).reshape(2, 1, 4, 4)
+# Of each picture two, that differ in one value.
+PAIRS = {
+    "number_bits": [([("a", bits, 2)],) for bits in ("0011", "0010")],
+    "number_lines": [({"a": [0, last]},) for last in (1, 2)],
+    "histogram_with_grid": [(W, {"a": torch.tensor([0.0, last])}) for last in (1, 2)],
+    "predictions": [
+        (torch.zeros(1, 28, 28, dtype=torch.uint8), torch.tensor([0]), {"a": torch.tensor([shares])}, ("bag", "coat"))
+        for shares in ([0.9, 0.1], [0.2, 0.8])
+    ],
+    "filters": [([W, w], "ab") for w in (W, -W)],
+    "ladder": [({"a": {8: SHARE, 4: share}},) for share in (SHARE, LESS)],
+    "intervals": [([("a", value, 0, 2)],) for value in (1, 1.5)],
+    "clip_or_round": [([1, 2, 3], {"a": ([1, 2, 3], [3, last, 1])}, {"a": {"MSE": 2}}) for last in (1, 2)],
+    "channel_ranges": [(w,) for w in (W, 2 * W)],
+    "bars": [({"a": 1, "b": value},) for value in (2, 3)],
+    "lines": [([1, 2], {"a": [1, value]}) for value in (2, 3)],
+    "interval_lines": [([1, 2], {"a": ([1, 2], [0, 1], [2, high])}) for high in (3, 4)],
+    "curves": [({"a": ([1, 2], [1, value])},) for value in (2, 3)],
+    "pareto": [({"a": [(1, value, 0, 9, "b")]},) for value in (2, 3)],
+    "clusters": [({"a": w},) for w in (W, W / 2)],
+    "roofline": [({"FP32": peak}, 20e9, {"FP32": [(50, 8e9, "conv")]}) for peak in (1e11, 2e11)],
+}
+OPTIONS = {"clusters": {"qmin": -2, "qmax": 1}, "curves": {"labels": "ab", "xlabel": "x", "ylabel": "y"}}
+OPTIONS |= {name: {"xlabel": "x"} for name in ("number_lines", "intervals", "clip_or_round", "bars")}
+OPTIONS |= {name: {"xlabel": "x", "ylabel": "y"} for name in ("lines", "interval_lines", "pareto")}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_another_value_is_another_picture(name):
+    pictures = []
+    for arguments in PAIRS[name]:
+        file = io.BytesIO()
+        getattr(plots, name)(*arguments, **OPTIONS.get(name, {})).savefig(file, format="png")
+        pictures.append(file.getvalue())
+    assert pictures[0] != pictures[1]
+
+
+def test_each_kind_of_picture_has_its_pair():
+    assert set(PAIRS) == {name for name, each in vars(plots).items() if callable(each) and name[0] != "_"} - {"setup"}
+
+
 def test_the_same_data_gives_the_same_bytes():
     def picture():
         file = io.BytesIO()

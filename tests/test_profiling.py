@@ -71,6 +71,20 @@ def test_a_float_network_its_folded_copy_and_its_integers_have_the_same_layers(r
     assert before.table().rows[0][0] == max(before, key=before.get)
 
 
+def test_layers_become_faster_by_their_times_and_the_longest_comes_first():
+    before, after = profiling.LayerTimes(a=6, b=2, c=1), profiling.LayerTimes(b=4, a=2)
+    assert profiling.layer_speedups(before, after) == {"a": 3, "b": 0.5}
+    assert profiling.layer_speedups(after, before) == {"b": 2, "a": 1 / 3}
+    assert after.table().rows == [["b", "4.000", "66.7%"], ["a", "2.000", "33.3%"]]
+    assert before.table().rows[0] == ["a", "6.000", "66.7%"]
+
+
+def test_operators_are_shown_with_calls_time_and_share():
+    found = profiling.Kernels([profiling.Kernel("conv", 20, 3, 0.75), profiling.Kernel("add", 0.5, 1, 0.25)])
+    assert found.table().rows == [["conv", "20", "3.000", "75.0%"], ["add", "0.5", "1.000", "25.0%"]]
+    assert found.table(top=1).rows == found.table().rows[:1] and str(found.table(top=1)) in str(found)[:400]
+
+
 def test_the_layers_of_an_exported_network_keep_their_names(resnet18, calibration, images):
     engine = next(engine for engine in backends.engines("pt2e") if engine.name == "pt2e")
     if not engine.runs:

@@ -184,6 +184,9 @@ def test_fake_quantize_is_that_of_affine_and_lets_gradients_through_within_the_r
     assert inside.any() and not inside.all()
     assert (x.grad[inside] == 1).all() and (x.grad[(x < low - qparams.scale) | (x > high + qparams.scale)] == 0).all()
     assert "zero_point=" in repr(quantizer) and "0..15" in repr(quantizer)
+    other = simulate.FakeQuantize(affine.choose_qparams(x.detach(), bits=8, symmetric=True))
+    assert "zero_point=0" in repr(other) and "-128..127" in repr(other)
+    assert quantizer.qparams() == qparams and other.qparams().qmax == 127
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -305,6 +308,8 @@ def test_layers_that_are_never_called_are_named_and_can_be_left_out():
         ValueError, match=r"came to attention.out_proj, auxiliary: .*layers={'attention.out_proj': None"
     ):
         simulate.quantize(model, Policy(8, 8), [x])
+    with pytest.raises(ValueError, match=r"came to auxiliary: .*layers={'auxiliary': None}"):
+        simulate.quantize(model, Policy(8, 8, layers={"attention.out_proj": None}), [x])
     left_out = {"attention.out_proj": None, "auxiliary": None}
     quantized = simulate.quantize(model, Policy(8, 8, layers=left_out), [x])
     assert [name for name, m in quantized.named_modules() if hasattr(m, "input_quantizer")] == ["head"]

@@ -50,6 +50,7 @@ def test_a_token_at_a_time_gives_the_same_as_all_at_once(llama):
         llama(tokens[:, :4], cache)
         for end in range(5, 10):
             found = llama(tokens[:, end - 1 : end], cache)
+            assert found.shape == (1, 20)
             torch.testing.assert_close(found, llama(tokens[:, :end]), rtol=1e-4, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ import types
 
 import pytest
 
+from course_utils import exercises
 from course_utils.tools import constants
 from tests.toys import ROOT
 
@@ -201,12 +202,27 @@ def test_a_file_is_tried_and_the_planted_weak_tests_are_found(tmp_path):
     }
 
 
+def test_what_is_tried_is_the_package_itself_not_a_copy_of_its_first_file(monkeypatch):
+    tried = []
+    monkeypatch.setattr(constants, "functions", lambda module: tried.append(module) or {})
+    monkeypatch.setattr(constants, "tests_of", lambda file: ["tests/test_tables.py"])
+    monkeypatch.setattr(constants, "apart", lambda job, seconds=None: ({}, []))
+    monkeypatch.setattr(constants.gc, "freeze", lambda: None)
+    constants.try_file("exercises/__init__")
+    assert tried == [exercises]
+
+
 def test_the_summary_counts_and_says_what_may_be_quiet():
     found = {
         "stats": {"functions": {"mean": "noticed", "name": "unnoticed"}, "tests": ["t.py::a[1]"], "calling": 9},
         "int4": {"functions": {"pack": "no tests"}, "tests": [], "calling": 1},
     }
-    table, quiet = constants.summary(found, {"stats.name": "it has but one", "t.py::a": "it is about silence"})
+    known = [
+        {"name": "stats.name", "why": "it has but one"},
+        {"name": "t.py::a", "of": ["int4", "stats"], "why": "it is about silence"},
+        {"name": "int4.pack", "of": ["stats"], "why": "not of this file"},
+    ]
+    table, quiet = constants.summary(found, known)
     assert table.rows == [
         ["stats.py", "2", "1", "9", "8"],
         ["int4.py", "1", "0", "1", "1"],
@@ -221,7 +237,9 @@ def test_the_summary_counts_and_says_what_may_be_quiet():
 
 def test_what_may_be_quiet_is_still_there_and_says_why():
     known = tomllib.loads((ROOT / constants.KNOWN).read_text(encoding="utf-8"))["quiet"]
-    for name, why in known.items():
+    for entry in known:
+        name, why = entry["name"], entry["why"]
+        assert set(entry.get("of", ())) <= set(constants.all_files()), name
         path, _, test = name.partition("::")
         file, _, function = name.partition(".")
         source = ROOT / (path if test else f"course_utils/{file}.py")

@@ -88,8 +88,9 @@ def test_after_the_freeze_ranges_and_statistics_stand_still_and_weights_do_not(s
 
 def test_freezing_at_one_freezes_nothing(some):
     model = tiny()
+    seen = model[1].num_batches_tracked.item()
     training.finetune(model, some, steps=3, freeze_at=1.0)
-    assert model[1].training
+    assert model[1].training and model[1].num_batches_tracked == seen + 3
 
 
 def test_the_learning_rate_falls_to_almost_nothing(some, monkeypatch):

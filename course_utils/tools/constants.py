@@ -35,9 +35,12 @@ from course_utils.tools.run import ROOT
 
 KNOWN = "tests/constants.toml"
 TESTS = mutants.FILES | {  # what is not named after its file
+    "data": ("data", "tools_train"),
     "exercises/predictions": ("predictions", "exercises"),
     "exercises/progress": ("progress", "exercises"),
     "exercises/quizzes": ("quizzes", "exercises"),
+    "smollm": ("smollm", "fuzz"),
+    "workspace": ("workspace", "launch"),
     "tools/compare": ("report",),
     "tools/report": ("report",),
     "tools/site": ("site",),
@@ -224,7 +227,7 @@ def try_file(file):
     functions: `{name: "noticed", "unnoticed" or "no tests"}`. tests: those that call a function and pass when all give None.
     calling: how many call one. broken: those that fail although nothing is replaced, and do not count.
     """
-    module = importlib.import_module(f"course_utils.{file.replace('/', '.')}")
+    module = importlib.import_module(f"course_utils.{file.replace('/', '.')}".removesuffix(".__init__"))
     import pytest
 
     chosen, tests = functions(module), tests_of(file)
@@ -271,21 +274,25 @@ def try_file(file):
     return {"functions": verdicts, "tests": quiet, "calling": len(calling), "broken": broken}
 
 
-def excused(known, name):
-    """Return why the function or test `name` may go unnoticed, or None; one entry stands for all parameters of a test."""
-    return known.get(name) or known.get(name.partition("[")[0])
+def excused(known, name, file):
+    """Return why the function or test `name` may go unnoticed when `file` is tried, or None.
+
+    known: the entries of `KNOWN`. One stands for all parameters of a test, and, unless it says `of` which, for all files.
+    """
+    names = {name, name.partition("[")[0]}
+    return next((k["why"] for k in known if k["name"] in names and file in k.get("of", [file])), None)
 
 
 def summary(found, known):
     """Return a `Table` of the files, and what goes unnoticed as `[(name, verdict, why it may or None)]`.
 
-    found: `{file: what try_file returned}`. known: `{name: why}`, of functions such as `"stats.mcnemar"` and of tests.
+    found: `{file: what try_file returned}`. known: as in `excused`.
     """
     rows, quiet = [], []
     for file, each in found.items():
         names = {f"{file}.{name}": verdict for name, verdict in each["functions"].items() if verdict != "noticed"}
         names |= dict.fromkeys(each["tests"], "passes")
-        quiet += [(name, verdict, excused(known, name)) for name, verdict in names.items()]
+        quiet += [(name, verdict, excused(known, name, file)) for name, verdict in names.items()]
         n, calling = len(each["functions"]), each["calling"]
         noticed = sum(verdict == "noticed" for verdict in each["functions"].values())
         rows.append([f"{file}.py", n, noticed, calling, calling - len(each["tests"])])
