@@ -234,6 +234,8 @@ def test_check_prints_the_verdict_and_returns_it(capsys, monkeypatch, tmp_path):
     result = exercises.check("zero-point", written(exercise.stub(), "affine_range"))
     assert result.passed is None and "not attempted" in capsys.readouterr().out
     assert result._ipython_display_() is None
+    written_down = importlib.import_module("course_utils.exercises.progress").read()
+    assert written_down["zero-point"]["tries"] == 2  # a stub is none
 
 
 def test_hints_rise_and_start_again(capsys, monkeypatch, tmp_path):
@@ -241,14 +243,18 @@ def test_hints_rise_and_start_again(capsys, monkeypatch, tmp_path):
     exercises.reset()
     for _ in range(4):
         exercises.hint("zero-point")
+    exercises.reset()
+    exercises.hint("zero-point")
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:11] for line in lines] == ["hint 1 of 3", "hint 2 of 3", "hint 3 of 3", "hint 1 of 3"]
+    assert [line[:11] for line in lines] == [f"hint {n} of 3" for n in (1, 2, 3, 1, 1)]
     assert EVERY["zero-point"].hints[2] in lines[2]
 
 
 def test_solution_is_the_tested_one(capsys):
-    exercises.solution("zero-point")
-    assert ast.dump(ast.parse(capsys.readouterr().out)) == ast.dump(ast.parse(EVERY["zero-point"].source()))
+    for id in ("zero-point", "sqnr"):
+        exercises.solution(id)
+        assert ast.dump(ast.parse(capsys.readouterr().out)) == ast.dump(ast.parse(EVERY[id].source()))
+        assert exercises.get(id) is EVERY[id]
 
 
 def test_fill_keeps_what_stands_around_the_function():

@@ -187,3 +187,14 @@ def test_the_courses_own_notebooks_find_course_and_data_from_there_and_keep_prog
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == str(ROOT / "data")
     assert list(json.loads((folder / ".progress.json").read_text())["done"]) == ["00.1"]
+
+
+def test_elsewhere_nothing_is_entered_and_what_the_environment_says_stays(mine, tmp_path, monkeypatch):
+    for name in ("COURSE_PROGRESS", "COURSE_RESULTS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    workspace.enter(tmp_path)
+    assert not {"COURSE_PROGRESS", "COURSE_RESULTS"} & set(os.environ)
+    monkeypatch.setenv("COURSE_PROGRESS", "of my own")
+    workspace.enter(mine)
+    assert (os.environ["COURSE_PROGRESS"], os.environ["COURSE_RESULTS"]) == ("of my own", str(mine / "results"))

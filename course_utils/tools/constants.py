@@ -36,11 +36,11 @@ from course_utils.tools.run import ROOT
 KNOWN = "tests/constants.toml"
 TESTS = mutants.FILES | {  # what is not named after its file
     "data": ("data", "tools_train"),
+    "exercises/__init__": ("exercises", "progress", "quizzes"),
     "exercises/predictions": ("predictions", "exercises"),
     "exercises/progress": ("progress", "exercises"),
     "exercises/quizzes": ("quizzes", "exercises"),
     "smollm": ("smollm", "fuzz"),
-    "workspace": ("workspace", "launch"),
     "tools/compare": ("report",),
     "tools/report": ("report",),
     "tools/site": ("site",),
