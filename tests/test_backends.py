@@ -116,10 +116,9 @@ def test_a_model_saved_again_is_the_same_file(saved, tmp_path):
 def test_quantizing_leaves_the_float_model_and_its_mode_alone(small, calibration):
     model = SmallCNN().train()
     before = fingerprint(model)
-    backends.quantize_static(model, calibration)
-    backends.quantize_dynamic(model)
-    backends.prepare_qat(model)
+    made = [backends.quantize_static(model, calibration), backends.quantize_dynamic(model), backends.prepare_qat(model)]
     assert fingerprint(model) == before and all(m.training for m in model.modules())
+    assert [backends.recipe_of(each)["kind"] for each in made] == ["static", "dynamic", backends.PREPARED]
 
 
 def test_learners_see_no_warnings(small, calibration, tmp_path):
@@ -127,7 +126,7 @@ def test_learners_see_no_warnings(small, calibration, tmp_path):
         warnings.simplefilter("error")
         int8 = backends.quantize_static(small, calibration)
         backends.save(int8, tmp_path / "model")
-        backends.load(tmp_path / "model", model=SmallCNN())
+        assert not backends.load(tmp_path / "model", model=SmallCNN()).training
 
 
 def test_the_ranges_come_from_all_calibration_batches(small, images):
@@ -247,7 +246,7 @@ def test_a_file_from_a_processor_with_vnni_says_so_on_one_without(
 
 
 def test_a_float_network_cannot_overflow(small):
-    assert not backends.may_overflow(backends.deploy(small, engine="torch"))
+    assert backends.may_overflow(backends.deploy(small, engine="torch")) is False
 
 
 @pytest.mark.parametrize("wrong", [nn.Linear(3, 10), nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])

@@ -159,6 +159,13 @@ def test_another_value_is_another_picture(name):
     assert pictures[0] != pictures[1]
 
 
+def test_the_courses_style_is_that_of_every_picture_after_it():
+    matplotlib.rcdefaults()
+    plots.setup()
+    axis = plt.figure().add_subplot()
+    assert not axis.spines["top"].get_visible() and axis.plot([1])[0].get_color() == plots.BLUE
+
+
 def test_each_kind_of_picture_has_its_pair():
     assert set(PAIRS) == {name for name, each in vars(plots).items() if callable(each) and name[0] != "_"} - {"setup"}
 

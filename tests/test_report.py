@@ -66,6 +66,20 @@ def test_text_of_a_report_cannot_become_part_of_the_page(content):
     assert "<script>" not in page
 
 
+def test_a_report_is_shown_with_its_own_numbers():
+    assert report.times({"value": 3.389, "low": 3.27, "high": 3.5}) == "3.39× [3.27, 3.50]"
+    assert report.times({"value": 1, "low": 0.9, "high": 1.1}) == "1.00× [0.90, 1.10]"
+    for text in ("# One & two\n\n*some*", "# Three\n\n| a | b |\n|---|---|\n| 1 | 2 |"):
+        title, page = text.partition("\n")[0][2:].replace("&", "&amp;"), report.html(text)
+        assert f"<title>{title}" in page and ("<em>some</em>" in page) != ("<td>1</td>" in page)
+    for stored in report.stored().values():
+        slowest = min(stored["ladder"], key=lambda rung: rung["over_eager"]["value"])
+        table, figures = report.table(stored), report.figures(stored)
+        assert table.rows[0][:2] == [slowest["name"], f"{slowest['ms']['median']:.2f}"]
+        assert len(table.rows) == len(stored["ladder"])
+        assert stored["machine"]["cpu"] in figures["ladder"].axes[0].get_title()
+
+
 def test_several_machines_stand_side_by_side_and_what_one_lacks_is_a_dash(content):
     other = copy.deepcopy(content)
     del other["ladder"][1]

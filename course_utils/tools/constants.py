@@ -35,6 +35,9 @@ from course_utils.tools.run import ROOT
 
 KNOWN = "tests/constants.toml"
 TESTS = mutants.FILES | {  # what is not named after its file
+    "backends/__init__": ("backends", "backends_deploy", "backends_weight_only", "backends_export"),
+    "backends/eager": ("backends_deploy",),
+    "backends/program": ("backends_onnxruntime", "backends_pt2e", "backends"),
     "data": ("data", "tools_train"),
     "exercises/__init__": ("exercises", "progress", "quizzes"),
     "exercises/predictions": ("predictions", "exercises"),
