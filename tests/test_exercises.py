@@ -3,14 +3,16 @@
 import ast
 import dataclasses
 import importlib
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
 
 from course_utils import exercises
-from course_utils.exercises.checking import judge
-from course_utils.exercises.compare import show
+from course_utils.exercises.checking import _short, judge
+from course_utils.exercises.compare import difference, show
 from course_utils.exercises.exercise import DIFFICULTIES
 
 EVERY = exercises.every()
@@ -137,6 +139,22 @@ def test_a_loop_that_swallows_everything_does_not_hang_the_check():
     assert verdict.passed is False and "had not returned" in verdict.text
 
 
+def test_an_answer_that_nothing_can_stop_does_not_keep_the_process():
+    code = (
+        "import dataclasses, time; from course_utils import exercises; from course_utils.exercises.checking import judge\n"
+        "impatient = dataclasses.replace(exercises.get('zero-point'), seconds=0.1)\n"
+        "print(judge(impatient, lambda *args: time.sleep(600)).passed)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout == "False\n", run.stderr
+
+
+def test_a_check_leaves_the_learners_random_numbers_alone():
+    before = torch.get_rng_state()
+    assert all(judge(exercise, exercise.solution).passed for exercise in EVERY.values())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), RecursionError("deep")])
 def test_what_an_answer_raises_is_shown_short_and_as_its_own(error):
     def mine(low, high, bits=8):
@@ -167,6 +185,54 @@ def test_what_an_answer_raises_is_shown_short_and_as_its_own(error):
 )
 def test_values_are_shown_short(value, text):
     assert show(value) == text
+
+
+@pytest.mark.parametrize(
+    "got, expected, said",
+    [
+        (3, torch.tensor([1, 2]), "a tensor was asked for, this is a int"),
+        (torch.zeros(2), torch.zeros(3), "its shape is (2,), not (3,)"),
+        (torch.zeros(2), torch.zeros(2).int(), "its dtype is torch.float32, not torch.int32"),
+        (torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [5, 6]]), "2 of 4 values differ; at [1, 0] 3, not 5"),
+        (torch.tensor(1.0), torch.tensor(2.0), "it is another value"),
+        (torch.tensor([torch.nan, 1.0]), torch.tensor([torch.nan, 1.05]), None),
+        ("a", "b", "it is another value"),
+        (1, True, "it is another value"),
+        (None, None, None),
+        ("2", 2, "a number was asked for, this is a str"),
+        (True, 1, "a number was asked for, this is a bool"),
+        (2.0, 2, "an integer was asked for"),
+        (2.5, 2, "it is 2.5, not 2"),
+        (3, 2, "it is 3, not 2"),
+        (2, 2, None),
+        (torch.tensor([2]), 2, None),
+        (1.05, 1.0, None),
+        (1.5, 1.0, "it is 1.5, not 1"),
+        (float("nan"), float("nan"), None),
+        (10.0**9 + 512, 10.0**9, "it is off by 5e+02"),
+        ({"a": 1}, {"b": 1, "a": 1}, "a dict with the keys ['a', 'b'] was asked for"),
+        ({"a": 1, "b": 3}, {"a": 1, "b": 2}, "under 'b': it is 3, not 2"),
+        ((1, 2, 3), (1, 2), "2 values were asked for, in a tuple; this is a tuple of 3"),
+        (7, (1, 2), "2 values were asked for, in a tuple; this is a int"),
+        ([1, 4], (1, 2), "value 2 of 2: it is 4, not 2"),
+        ([1, 2], (1, 2), None),
+    ],
+)
+def test_what_differs_is_said(got, expected, said):
+    tolerance = 1e-9 if said and "off by" in said else 0.1
+    assert difference(got, expected, rtol=tolerance, atol=0.0) == said
+
+
+def test_a_wrong_value_is_shown_with_what_was_expected():
+    verdict = judge(EVERY["honest-size"], lambda *args: (0, 4.5))
+    case = next(iter(EVERY["honest-size"].cases(torch.Generator().manual_seed(0))))
+    size, bits = EVERY["honest-size"].solution(*case.args)
+    said = f"  got       (0, 4.5)\n  expected  ({size}, {bits})\n  that is   value 1 of 2: it is 0, not {size}"
+    assert said in verdict.text
+
+
+def test_an_error_without_words_is_its_name():
+    assert (_short(LookupError()), _short(LookupError("a:\nb"))) == ("LookupError", "LookupError: a:")
 
 
 def test_a_wrong_case_is_shown_with_all_its_arguments():

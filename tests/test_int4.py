@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from course_utils import affine, files, int4, models, qat, rounding, simulate, weights
+from course_utils.rounding.awq import InputScale, scale_input
 from tests.conftest import fingerprint
 
 quick = settings(max_examples=80)
@@ -315,3 +316,37 @@ def test_the_layout_in_the_file_can_be_read_without_the_course(tmp_path, mobilen
     expected = {"shape": [10, 1280], "bits": 3, "axis": None, "group_size": 16, "symmetric": False}
     assert layout["layers"]["classifier.1"] == expected
     assert layout["architecture"] == {"name": "mobilenet_v2", "num_classes": 10}
+
+
+@pytest.fixture
+def scaled(resnet18):
+    """A network whose first and last layer divide their inputs, as after `rounding.awq`."""
+    quantized = simulate.quantize(resnet18, simulate.Policy(4))
+    factors = {"conv1": (torch.tensor([0.5, 1.0, 2.0]), -3), "fc": (torch.linspace(0.5, 2, 512).half().float(), -1)}
+    for name, (values, dim) in factors.items():
+        scale_input(weights.layers(quantized)[name], InputScale(values, dim))
+    return quantized
+
+
+def test_the_factors_of_inputs_are_stored_and_act_again(tmp_path, scaled, images):
+    int4.save_packed(scaled, tmp_path / "scaled")
+    loaded = int4.load_packed(tmp_path / "scaled")
+    for name in ("conv1", "fc"):
+        found, expected = (weights.layers(model)[name].input_scale for model in (loaded, scaled))
+        assert found.dim == expected.dim and torch.equal(found.factors, expected.factors)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), scaled(images), rtol=0.01, atol=0.01)
+        assert not torch.allclose(loaded(2 * images), loaded(images))
+    zero_point = loaded.fc.weight_qparams.zero_point
+    assert zero_point.dtype == torch.int32 and not zero_point.any()
+
+
+@pytest.mark.parametrize("name, dim, n", [("conv1", -1, 3), ("conv1", -3, 4), ("fc", -3, 512), ("fc", -1, 511)])
+def test_factors_that_do_not_fit_their_layer_are_refused(tmp_path, scaled, name, dim, n):
+    int4.save_packed(scaled, tmp_path / "scaled")
+    facts, tensors = files.load_tensors(tmp_path / "scaled", remedy="")
+    del facts["sha256"]
+    facts["scaled"][name], tensors[f"{name}.input_scale.factors"] = dim, torch.ones(n).half()
+    files.save_tensors(tmp_path / "scaled", tensors, facts)
+    with pytest.raises(ValueError, match=f"the factors of the inputs of {name} do not fit it"):
+        int4.load_packed(tmp_path / "scaled")

@@ -91,6 +91,27 @@ def test_a_convolution_is_the_sum_of_its_products(geometry, side, zero_point, se
     assert found.dtype == torch.int32 and torch.equal(found.double(), exact)
 
 
+def test_by_default_a_convolution_goes_step_by_step_over_all_channels_without_padding_and_gaps():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 256, (2, 3, 8, 8), generator=generator).to(torch.uint8)
+    w = torch.randint(-128, 128, (5, 3, 3, 3), generator=generator).to(torch.int8)
+    numbers = {"zero_point": 7, "m0": 2**30, "shift": 42, "out_zero_point": 3}
+    plain = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    expected = integer.conv2d_accumulate(q, w, None, 7, **plain)
+    assert expected.shape == (2, 5, 6, 6) and torch.equal(integer.conv2d_accumulate(q, w, zero_point=7), expected)
+    assert torch.equal(integer.conv2d(q, w, None, **numbers), integer.conv2d(q, w, None, **numbers, **plain))
+
+
+@pytest.mark.parametrize("which", ["q", "weight", "bias"])
+def test_sums_of_real_numbers_are_refused(which):
+    image = {"q": torch.ones(1, 1, 3, 3).byte(), "weight": torch.ones(1, 1, 3, 3).char(), "bias": torch.ones(1).int()}
+    row = {"q": torch.ones(1, 3).byte(), "weight": torch.ones(2, 3).char(), "bias": torch.ones(2).int()}
+    for accumulate, numbers in ((integer.conv2d_accumulate, image), (integer.linear_accumulate, row)):
+        accumulate(**numbers, zero_point=0)
+        with pytest.raises(ValueError, match=f"^{which} must hold integers, got torch.float32: quantize it first"):
+            accumulate(**numbers | {which: numbers[which].float()}, zero_point=0)
+
+
 @pytest.mark.parametrize("geometry", [{}, {"dilation": 2}, {"groups": 2}, {"stride": 2, "padding": 1}])
 @pytest.mark.parametrize("side", [7, 11])
 def test_a_batch_without_images_has_accumulators_of_none(geometry, side):

@@ -136,7 +136,9 @@ def test_correction_needs_images_and_the_same_network(small, resnet18, batches):
     quantized = simulate.quantize(small, Policy(weights=3))
     with pytest.raises(ValueError, match="no images"):
         bias_correction(small, quantized, [])
-    with pytest.raises(ValueError, match="other layers: give the float32 network"):
+    with pytest.raises(
+        ValueError, match="^the two networks have other layers: give the float32 network that was quantized$"
+    ):
         bias_correction(resnet18, quantized, batches)
 
 
@@ -306,6 +308,23 @@ def test_adaround_beats_nearest_on_every_layer_and_chance_does_not(small, learne
         assert r.adaround < r.random, r
         assert 0 < r.moved < 0.5
     assert sum(r.random for r in report) > 1.2 * sum(r.nearest for r in report)
+
+
+def test_by_chance_as_many_weights_move_as_were_learned(small, batches, monkeypatch):
+    counts, moved_at_random = [], _Grid.moved_at_random
+    monkeypatch.setattr(
+        _Grid, "moved_at_random", lambda grid, count, g: counts.append(count) or moved_at_random(grid, count, g)
+    )
+    _, report = adaround(small, Policy(weights=3), batches[:1], steps=20)
+    assert counts == [round(r.moved * r.weights) for r in report] and all(counts)
+
+
+def test_a_grid_with_a_zero_point_gives_back_its_weights():
+    w = torch.linspace(-1, 5, 50).reshape(2, 25)
+    qparams = affine.choose_qparams(w, bits=4, axis=0)
+    assert qparams.zero_point.any()
+    grid = _Grid(w, qparams)
+    torch.testing.assert_close(grid.values(grid.nearest), affine.fake_quantize(w, qparams))
 
 
 def test_weights_go_to_one_of_their_two_neighbours(small, learned):

@@ -122,10 +122,10 @@ def _looks_like(exercise, cases, outcomes, expected):
     for mistake in exercise.mistakes:
         made = []
         _try(exercise, mistake.function, cases, made)
-        same = [_same(exercise, *pair) for pair in zip(outcomes, made, strict=False)]
-        if len(same) == len(cases) and all(same):
+        same = [_same(exercise, *pair) for pair in zip(outcomes, made, strict=True)]
+        if all(same):
             return mistake
-        if partly is None and len(same) > first and same[first] and _complaint(exercise, made[first], expected[first]):
+        if partly is None and same[first] and _complaint(exercise, made[first], expected[first]):
             partly = mistake
     return partly
 
