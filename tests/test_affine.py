@@ -360,3 +360,10 @@ def test_what_is_not_finite_is_said_in_a_sentence():
     with pytest.raises(ValueError) as error:
         affine.extremes(torch.tensor([1.0, float("inf")]))
     assert str(error.value) == "the tensor holds NaN or infinite values, which have no place in a finite range"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_without_width_has_scale_one(symmetric):
+    qparams = affine.qparams_from_range(torch.zeros(3), torch.zeros(3), bits=4, symmetric=symmetric, axis=0)
+    assert qparams.scale.tolist() == [1, 1, 1]
+    assert qparams.zero_point.dtype == torch.int32 and qparams.scale.dtype == torch.float32

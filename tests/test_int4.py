@@ -250,7 +250,11 @@ def prepared(resnet18, images):
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("resnet18", replaced_head, r"fc.weight is \(7, 512\), expected \(10, 512\); fc.bias .* num_classes"),
+        (
+            "resnet18",
+            replaced_head,
+            r"fc.weight is \(7, 512\), expected \(10, 512\); fc.bias is \(7,\), expected \(10,\)\): .* num_classes",
+        ),
         ("mobilenet_v2", equalized, r"features.0.2.caps is \(32, 1, 1\), expected none; .* and 3\d more.* ReLU6"),
         ("resnet18", corrected, r"conv1.bias is \(64,\), expected none; .* fold batch norms before bias_correction"),
         ("resnet18", prepared, "conv1.parametrizations.weight.original .* qat.convert"),
@@ -350,3 +354,25 @@ def test_factors_that_do_not_fit_their_layer_are_refused(tmp_path, scaled, name,
     files.save_tensors(tmp_path / "scaled", tensors, facts)
     with pytest.raises(ValueError, match=f"the factors of the inputs of {name} do not fit it"):
         int4.load_packed(tmp_path / "scaled")
+
+
+@pytest.mark.parametrize("last, more", [(4, ""), (5, " and 1 more")])
+def test_of_many_differences_three_are_named(last, more):
+    def network(width, last):
+        return torch.nn.Sequential(
+            torch.nn.Linear(2, width), torch.nn.Linear(width, 4, bias=False), torch.nn.Linear(4, last, bias=False)
+        )
+
+    named = r"\(0.weight is .*; 0.bias is .*; 1.weight is \(4, 3\), expected \(4, 2\)"
+    with pytest.raises(ValueError, match=rf"{named}{more}\): build it"):
+        int4._check_architecture(network(3, last), network(2, 4))
+
+
+def test_a_loaded_network_does_not_hang_on_its_file(tmp_path, resnet18, images):
+    quantized = simulate.quantize(resnet18, simulate.Policy(4, 8, fold=False), [images])
+    size = int4.save_packed(quantized, tmp_path / "model")
+    loaded = int4.load_packed(tmp_path / "model")
+    before = fingerprint(loaded)
+    with open(tmp_path / "model", "r+b") as file:
+        file.write(b"x" * size)
+    assert fingerprint(loaded) == before

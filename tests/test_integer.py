@@ -34,6 +34,13 @@ def test_a_multiplier_of_a_power_of_two_is_exact_and_one_too_small_for_any_sum_r
     assert integer.requantize(torch.tensor([2**31 - 1, -(2**31)]), m0, shift, 7, 0, 255).tolist() == [7, 7]
 
 
+@pytest.mark.parametrize("power", range(20, 64))
+def test_small_multipliers_shift_by_62_at_most_and_keep_their_value(power):
+    m0, shift = (int(part) for part in integer.quantize_multiplier(0.75 * 2.0**-power))
+    assert shift == min(62, 31 + power)
+    assert abs(Fraction(m0, 2**shift) - Fraction(3, 4 * 2**power)) < Fraction(1, 2**62)
+
+
 def test_a_mantissa_that_rounds_up_to_one_keeps_to_31_bits():
     m0, shift = integer.quantize_multiplier(1 - 2**-40)
     assert (int(m0), int(shift)) == (2**30, 30)
