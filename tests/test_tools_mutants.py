@@ -32,6 +32,8 @@ def test_a_sample_is_drawn_from_each_file_and_always_the_same():
     drawn = mutants.drawn(some, 5)
     assert [sum(m.file == file for m in drawn) for file in ("stats", "affine")] == [5, 3]
     assert drawn == mutants.drawn(some, 5) and mutants.drawn(some, 0) == some
+    last = [Mutant(f"course_utils.formats.x_layers__mutmut_{i}", "not checked") for i in range(9)]
+    assert mutants.drawn([*last, *some], 5)[5:] == drawn, "whatever other files are tried"
     assert {m.name for m in drawn} != {m.name for m in some[:5] + some[50:]}, "not simply the first ones"
 
 

@@ -111,12 +111,18 @@ def listed(folder):
 
 
 def drawn(mutants, sample, seed=0):
-    """Return at most `sample` of the `mutants` of each file, drawn at random, or all of them if it is 0."""
+    """Return at most `sample` of the `mutants` of each file, drawn at random, or all of them if it is 0.
+
+    Of a file they are the same whatever other files are tried.
+    """
     by_file = {}
     for mutant in mutants:
         by_file.setdefault(mutant.file, []).append(mutant)
-    draw = random.Random(seed)
-    return [m for each in by_file.values() for m in (draw.sample(each, sample) if 0 < sample < len(each) else each)]
+    chosen = []
+    for file, each in by_file.items():
+        few = 0 < sample < len(each)
+        chosen += random.Random(f"{seed} {file}").sample(each, sample) if few else each
+    return chosen
 
 
 def change(folder, mutant):
