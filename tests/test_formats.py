@@ -555,3 +555,11 @@ def test_rounding_in_pieces_is_rounding_at_once(monkeypatch):
 def test_a_format_without_nan_says_so_by_its_name(form):
     with pytest.raises(ValueError, match=f"the numbers hold NaN, for which {form.name} has no code"):
         form.encode(torch.tensor([1.0, NAN]))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("form", BLOCKS, ids=str)
+def test_nothing_becomes_infinite_by_being_rounded(form, sign):
+    tops = sign * FP32.largest * (1 - torch.arange(200, dtype=torch.float64) * 2**-21)
+    for top in tops.float():
+        assert form.fake_quantize(top.expand(1, 64)).isfinite().all()

@@ -354,6 +354,13 @@ def test_entropy_clips_outliers(symmetric):
     assert 1 < high < 6
 
 
+def test_entropy_counts_the_levels_of_the_wider_side():
+    x = torch.cat([values("outliers").abs(), torch.tensor([-0.1])])
+    right, left = (Entropy().observe(sign * x).qparams(bits=4) for sign in (1, -1))
+    (low, high), (mirrored_low, mirrored_high) = ends(right), ends(left)
+    assert high > 1 > -low and (mirrored_low, mirrored_high) == pytest.approx((-high, -low), rel=0.05)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_entropy_keeps_what_is_spread_evenly(symmetric, bits):

@@ -199,6 +199,13 @@ def ranges(first, second):
     return first.weight.abs().flatten(1).amax(1), channels.abs().flatten(1).amax(1)
 
 
+def test_the_float_network_keeps_its_mode_and_its_layers(small, batches):
+    model = copy.deepcopy(small).train()
+    before = fingerprint(model)
+    bias_correction(model, simulate.quantize(model, Policy(weights=3, fold=False)), batches)
+    assert all(module.training for module in model.modules()) and fingerprint(model) == before
+
+
 @pytest.mark.parametrize("name", models.NAMES)
 def test_both_sides_of_every_pair_end_with_equal_ranges(name):
     folded = weights.fold_batch_norm(models.load(name))
@@ -218,6 +225,11 @@ def test_pairs_end_where_an_output_is_used_twice_or_added(small):
     names = {layer: name for name, layer in weights.layers(folded).items()}
     found = [(names[a], names[b], activation) for a, b, activation in equalization._pairs(folded)]
     assert found == [("stem.0", "depthwise.0", "stem.2"), ("depthwise.0", "project.0", "depthwise.2")]
+
+
+def test_convolutions_without_anything_between_are_a_pair():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).eval()
+    assert equalization._pairs(model) == [(model[0], model[1], None), (model[1], model[3], "2")]
 
 
 class Chain(nn.Module):
@@ -317,6 +329,8 @@ def test_by_chance_as_many_weights_move_as_were_learned(small, batches, monkeypa
     )
     _, report = adaround(small, Policy(weights=3), batches[:1], steps=20)
     assert counts == [round(r.moved * r.weights) for r in report] and all(counts)
+    random_rounding(small, Policy(weights=3), report)
+    assert counts[: len(report)] == counts[len(report) :]
 
 
 def test_a_grid_with_a_zero_point_gives_back_its_weights():
@@ -449,6 +463,17 @@ def test_adaround_starts_from_the_weights_as_they_are():
     assert torch.equal(learned, grid.nearest)
 
 
+def test_what_is_learned_does_not_hang_on_the_unit_of_the_inputs():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 200, 20, generator=generator), torch.randn(6, 20, generator=generator)
+    grid = _Grid(w, simulate.weight_qparams(w, Policy(weights=3), 3))
+    learned = []
+    for unit in (1, 1024):
+        problem = walk.Problem(unit * x, unit * x @ w.mT, 1)
+        learned.append(_learn_rounding(grid, problem, 50, 32, 0.15, 20.0, torch.Generator().manual_seed(0)))
+    assert (learned[0] == learned[1]).double().mean() > 0.98 and not torch.equal(learned[0], grid.nearest)
+
+
 def test_the_annealing_falls_from_twenty_to_two_after_a_warm_start():
     betas = list(_annealed(100))
     assert betas[:20] == [None] * 20 and betas[20] == 20 and betas[-1] == pytest.approx(2, abs=0.05)
@@ -487,10 +512,21 @@ def test_gptq_is_the_direct_solution_of_each_step(bits):
 
 def test_with_inputs_that_know_nothing_of_each_other_gptq_rounds_to_nearest():
     w = torch.randn(7, 40, generator=torch.Generator().manual_seed(0))
-    for policy in (Policy(weights=3), Policy(weights=3, granularity=8), Policy(weights=3, granularity="tensor")):
+    policies = [Policy(weights=3, granularity=g, symmetric=s) for g in ("channel", 8, "tensor") for s in (True, False)]
+    for policy in policies:
         rounded, qparams = gptq_module.compensate(w, torch.eye(40)[None], policy, 3)
         assert torch.equal(rounded, affine.fake_quantize(w, simulate.weight_qparams(w, policy, 3)))
         assert torch.equal(rounded, affine.fake_quantize(w, qparams))
+
+
+def test_the_diagonal_is_damped_by_a_share_of_its_own_mean():
+    x = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 10.0])[:, None, None]
+    plain, damped = (gptq_module.hessian(x, damping=damping) for damping in (0.0, 0.5))
+    torch.testing.assert_close(plain, x.mT @ x / 50)
+    for before, after in zip(plain, damped, strict=True):
+        added = 0.5 * before.diagonal().mean() * torch.eye(6)
+        torch.testing.assert_close(after - before, added, rtol=1e-3, atol=float(1e-5 * before.max()))
+    assert (gptq_module.hessian(torch.zeros(1, 5, 3), damping=0.5).diagonal(dim1=1, dim2=2) > 0).all()
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 8, 50])
@@ -583,6 +619,7 @@ def test_factors_are_around_one_and_no_smaller_than_half_precision_has_them():
     size = torch.tensor([1e-8, 1.0, 1e8])
     assert torch.equal(awq_module._factors(size, 0.5), torch.tensor([1e-4, 1.0, 1e4]).half().float())
     assert awq_module._factors(size, 1.0)[0] == 2.0**-14
+    assert awq_module._factors(torch.tensor([4.0, 16.0]), 1.0).tolist() == [0.5, 2.0]
 
 
 def test_a_copy_of_a_scaled_network_computes_the_same(uneven):
