@@ -367,3 +367,20 @@ def test_a_range_without_width_has_scale_one(symmetric):
     qparams = affine.qparams_from_range(torch.zeros(3), torch.zeros(3), bits=4, symmetric=symmetric, axis=0)
     assert qparams.scale.tolist() == [1, 1, 1]
     assert qparams.zero_point.dtype == torch.int32 and qparams.scale.dtype == torch.float32
+
+
+def test_by_default_a_range_is_asymmetric_and_unsigned():
+    qparams = affine.qparams_from_range(-1.0, 2.0)
+    assert (qparams.qmin, qparams.qmax, int(qparams.zero_point)) == (0, 255, 85)
+    assert float(qparams.scale) == pytest.approx(3 / 255)
+
+
+@pytest.mark.parametrize("ends", [(1.0, 0.0), (0.0, float("inf")), (float("nan"), 1.0), (0.0, 1e39)])
+def test_a_range_without_two_ends_is_refused(ends):
+    with pytest.raises(ValueError, match="^a range needs finite float32 ends, the lower one first$"):
+        affine.qparams_from_range(*ends)
+
+
+def test_a_number_has_no_groups():
+    with pytest.raises(ValueError, match="^groups run within rows, and a tensor without dimensions has none$"):
+        affine.choose_qparams(torch.tensor(1.0), group_size=2)

@@ -108,7 +108,10 @@ def test_enough_of_them_with_ids_and_titles_of_their_own():
 
 
 def test_an_endless_loop_ends():
+    threads = []
+
     def endless(*args):
+        threads.append(threading.current_thread())
         while True:
             try:
                 while True:
@@ -121,6 +124,8 @@ def test_an_endless_loop_ends():
     verdict = judge(impatient, endless)
     assert verdict.passed is False and "had not returned after 0.2 seconds" in verdict.text
     assert time.perf_counter() - start < 10
+    threads[0].join(10)
+    assert not threads[0].is_alive(), "it does not go on in the background"
 
 
 def test_a_loop_that_swallows_everything_does_not_hang_the_check():
@@ -260,6 +265,19 @@ def test_a_wrong_value_is_shown_with_what_was_expected():
     size, bits = EVERY["honest-size"].solution(*case.args)
     said = f"  got       (0, 4.5)\n  expected  ({size}, {bits})\n  that is   value 1 of 2: it is 0, not {size}"
     assert said in verdict.text
+
+
+def test_not_attempted_is_what_the_first_case_says():
+    calls = []
+
+    def unfinished(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise NotImplementedError
+        return EVERY["zero-point"].solution(*args)
+
+    verdict = judge(EVERY["zero-point"], unfinished)
+    assert verdict.passed is False and verdict.text.startswith("case 2 of ")
 
 
 def test_an_error_without_words_is_its_name():

@@ -376,3 +376,14 @@ def test_a_loaded_network_does_not_hang_on_its_file(tmp_path, resnet18, images):
     with open(tmp_path / "model", "r+b") as file:
         file.write(b"x" * size)
     assert fingerprint(loaded) == before
+
+
+@pytest.mark.parametrize("ends", [[-129, 127], [0, 256], [5, 5], [0, True], [0.0, 255]])
+def test_inputs_that_are_not_rounded_to_bytes_are_refused(tmp_path, resnet18, images, ends):
+    int4.save_packed(simulate.quantize(resnet18, simulate.Policy(4, 8), [images]), tmp_path / "model")
+    facts, tensors = files.load_tensors(tmp_path / "model", remedy="")
+    del facts["sha256"]
+    facts["inputs"]["conv1"] = ends
+    files.save_tensors(tmp_path / "model", tensors, facts)
+    with pytest.raises(ValueError, match="conv1 rounds its input to integers"):
+        int4.load_packed(tmp_path / "model")

@@ -215,7 +215,9 @@ def test_a_mean_is_the_sum_times_the_multiplier_of_one_by_the_count(height, widt
 
 def test_a_bias_counts_in_steps_of_both_scales_and_must_fit():
     assert integer.quantize_bias(torch.tensor([0.5, -1.0]), torch.tensor([0.1, 0.25])).tolist() == [5, -4]
-    with pytest.raises(ValueError, match="no room in an int32 accumulator"):
+    with pytest.raises(
+        ValueError, match="no room in an int32 accumulator: .* almost all zero, so choose a larger scale for them$"
+    ):
         integer.quantize_bias(torch.tensor([1.0]), torch.tensor([1e-12]))
 
 
@@ -417,3 +419,11 @@ def test_a_saturating_model_differs_from_the_exact_one_only_where_pairs_overflow
         if step.op in ("conv2d", "linear"):
             differing += int((saturating.run(step, *inputs) != values[step.name]).sum())
     assert differing > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 9, 49, 63, 64, 65])
+def test_the_mean_divides_by_the_count_as_a_multiplier(count, monkeypatch):
+    used = []
+    monkeypatch.setattr(integer, "requantize", lambda total, m0, shift, *rest: used.append((m0, shift)) or total)
+    integer.global_avg_pool2d(torch.ones(1, 1, 1, count, dtype=torch.uint8), zero_point=0)
+    assert used == [tuple(map(int, integer.quantize_multiplier(1 / count)))]
