@@ -81,11 +81,13 @@ def test_a_picture_is_small_opaque_light_and_the_same_in_every_style(name):
 def test_a_move_answers_soon_and_leaves_no_figure(name):
     explorer = MAKERS[name]()
     control = next(iter(explorer.controls.values()))
-    seconds = []
+    seconds, seen = [], set()
     for value in [another(control), control.value] * 3:
         began = time.perf_counter()
         control.value = value
         seconds.append(time.perf_counter() - began)
+        seen.add((explorer.image.value, explorer.text.value))
+    assert len(seen) == 2
     assert statistics.median(seconds) < 1  # it takes less than a tenth of that; this machine may be busy
     assert not plt.get_fignums()
 
@@ -112,6 +114,7 @@ def test_shown_in_a_notebook_a_widget_is_its_box_and_a_sentence():
     bundle = explorer._repr_mimebundle_()
     assert bundle["application/vnd.jupyter.widget-view+json"]["model_id"] == explorer.widget.model_id
     assert bundle["text/plain"] == "NumberBits: live in a notebook that runs; its still version follows."
+    assert plain(explorer) and explorer.image.value in [child.value for child in explorer.widget.children[1:]]
 
 
 @pytest.mark.parametrize("number", ["0.1", "-3", "70000", "1e-9", "inf"])
@@ -147,7 +150,7 @@ def test_of_what_is_no_number_the_widget_says_so_and_keeps_its_picture(typed, se
 def test_text_that_is_typed_stays_text():
     explorer = widgets.NumberBits()
     explorer.controls["number"].value = "<img src=x>"
-    assert "<img" not in explorer.text.value
+    assert "<img" not in explorer.text.value and "“&lt;img src=x&gt;” is not a number" in plain(explorer)
 
 
 def set_range(explorer, bits, low, high):
@@ -194,6 +197,7 @@ def test_of_a_large_tensor_the_same_values_are_taken_each_time():
     x = torch.randn(40_000, generator=generator())
     one, two = widgets.ClipRange(x), widgets.ClipRange(x)
     assert len(one.values) == 2**15 and torch.equal(one.values, two.values)
+    assert plain(one) == plain(two) != ""
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 32])
@@ -219,7 +223,8 @@ def test_the_error_of_filters_is_that_of_the_policy(bits, granularity):
 def test_a_filter_of_zeros_has_no_error_that_counts():
     weight = torch.randn(3, 1, 3, 3, generator=generator())
     weight[0] = 0
-    assert "nan" not in plain(widgets.FilterError(weight, granularities=("tensor", "channel")))
+    shown = plain(widgets.FilterError(weight, granularities=("tensor", "channel")))
+    assert "nan" not in shown and "dB in the worst filter" in shown
 
 
 def test_the_accuracy_of_a_calibration_set_is_that_of_all_its_repetitions():
@@ -262,6 +267,7 @@ def test_another_way_to_fewer_bits_can_be_passed_and_the_network_stays_as_it_was
     explorer = widgets.Predictions(model, images(), bits=(4, 3), reduce=reduce)
     assert seen == [4, 3] and model.training and not model[0]._forward_hooks
     assert list(explorer.controls["bits"].options) == ["32 bits", "4 bits", "3 bits"]
+    assert "bits" in plain(explorer)
 
 
 def test_a_text_is_shown_with_its_loss_and_grey_as_far_as_it_is_the_first_one():
@@ -302,7 +308,9 @@ def test_a_layer_has_its_share_of_the_roof_and_what_limits_it(layer, precision):
 
 
 def test_a_precision_without_a_ceiling_is_left_out():
-    assert list(MAKERS["Roofline"]().controls["precision"].options) == ["FP32", "INT8"]
+    explorer = MAKERS["Roofline"]()
+    assert list(explorer.controls["precision"].options) == ["FP32", "INT8"]
+    assert "FP32" in plain(explorer) and "BF16" not in plain(explorer)
 
 
 BAD = {
@@ -354,4 +362,4 @@ def test_a_notebook_with_a_widget_is_the_same_after_each_run_and_passes_the_comp
 @pytest.mark.parametrize("largest, shown", [(0.003, ".5f"), (0.5, ".3f"), (6.0, ".2f"), (2000.0, ".0f")])
 def test_the_range_is_read_out_in_decimals_that_suit_the_tensor(largest, shown):
     explorer = widgets.ClipRange(torch.linspace(-largest, largest, 100))
-    assert explorer.controls["clip"].readout_format == shown
+    assert explorer.controls["clip"].readout_format == shown and "SQNR" in plain(explorer)
