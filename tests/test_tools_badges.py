@@ -170,3 +170,8 @@ def test_the_command_line_says_what_changed_or_in_one_sentence_why_nothing_did(c
     )
     assert badges.main(["--repository", "other/one", "--branch", "v2"], course) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "5 files changed; the course lives in other/one, v2."
+
+
+def test_a_course_lives_where_its_repository_is():
+    addresses = [badges.Course(name, "main").address for name in ("owner/course", "other/fork")]
+    assert addresses == ["https://github.com/owner/course", "https://github.com/other/fork"]

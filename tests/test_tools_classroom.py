@@ -63,6 +63,7 @@ def test_exercises_tell_how_many_solved_tried_and_left_them(handed_in, tmp_path)
     zero_point = row(table, "zero-point")
     assert (zero_point["solved"], zero_point["tried, not solved"], zero_point["not tried"]) == ("1", "1", "1")
     assert zero_point["tries, median"] == "2" and zero_point["notebook"] == "01"
+    assert [line[0] for line in classroom.exercises_table([]).rows] == []
 
 
 def test_learners_tell_how_far_they_are_and_where_they_stay_behind(handed_in, tmp_path):
@@ -115,6 +116,7 @@ def test_laptops_with_most_to_mend_come_first(laptop, tmp_path):
     table = classroom.laptops_table(laptops)
     assert [line[:3] for line in table.rows] == [["Ben", "torch, data", "VNNI"], ["Ada", "–", "memory"]]
     assert row(table, "Ada")["system"] == doctor.record([], "")["machine"]["system"]
+    assert classroom.laptops_table([each for each in laptops if each["name"] == "Ada"]).rows == table.rows[1:]
 
 
 def test_who_hands_in_twice_counts_with_the_newer_file(handed_in, tmp_path):

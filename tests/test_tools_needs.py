@@ -63,3 +63,6 @@ def test_a_log_of_nothing_changes_nothing(tmp_path, monkeypatch, capsys):
     assert needs.main([str(tmp_path / "log.txt")]) == 1
     assert "nothing was recorded" in capsys.readouterr().err
     assert not (tmp_path / launch.NEEDS).exists()
+    monkeypatch.setattr(needs, "needs", lambda log: {"00_toy": {"memory_mib": 7}})
+    assert needs.main([str(tmp_path / "log.txt")]) == 0
+    assert json.loads((tmp_path / launch.NEEDS).read_text())["notebooks"]["00_toy"]["memory_mib"] == 7

@@ -45,6 +45,7 @@ def test_the_section_is_replaced_and_the_rest_of_the_readme_stays(path, readme):
 def test_writing_twice_changes_nothing(path, readme):
     results.write_readme(readme, path)
     first = readme.stat().st_mtime_ns, readme.read_bytes()
+    assert b"old results" not in first[1]
     results.write_readme(readme, path)
     assert (readme.stat().st_mtime_ns, readme.read_bytes()) == first
 
