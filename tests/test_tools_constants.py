@@ -228,6 +228,9 @@ def test_the_summary_counts_and_says_what_may_be_quiet():
         ["int4.py", "1", "0", "1", "1"],
         ["all", "3", "1", "10", "9"],
     ]
+    assert constants.summary({}, known)[1] == [] and constants.summary({}, known)[0].rows == [
+        ["all", "0", "0", "0", "0"]
+    ]
     assert quiet == [
         ("stats.name", "unnoticed", "it has but one"),
         ("t.py::a[1]", "passes", "it is about silence"),

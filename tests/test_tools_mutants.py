@@ -43,6 +43,8 @@ def test_the_summary_counts_what_was_noticed_and_leaves_out_what_makes_no_differ
     table, share = mutants.summary(tried, {tried[7].name})
     assert (share.successes, share.n) == (7, 9)
     assert table.rows == [["stats.py", "10", "7", "1", str(share)]]
+    table, share = mutants.summary(tried[:2], set())
+    assert (share.successes, share.n, len(table.rows)) == (2, 2, 1)
 
 
 def test_a_survivor_may_if_the_list_has_its_function_and_its_very_change():
