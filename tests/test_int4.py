@@ -322,6 +322,14 @@ def test_the_layout_in_the_file_can_be_read_without_the_course(tmp_path, mobilen
     assert layout["architecture"] == {"name": "mobilenet_v2", "num_classes": 10}
 
 
+def rewrite(path, change):
+    """Let `change(layout, tensors)` change a packed file, which gets the checksum that belongs to it."""
+    layout, tensors = files.load_tensors(path, remedy="")
+    del layout["sha256"]
+    change(layout, tensors)
+    files.save_tensors(path, tensors, layout)
+
+
 @pytest.fixture
 def scaled(resnet18):
     """A network whose first and last layer divide their inputs, as after `rounding.awq`."""
@@ -348,10 +356,11 @@ def test_the_factors_of_inputs_are_stored_and_act_again(tmp_path, scaled, images
 @pytest.mark.parametrize("name, dim, n", [("conv1", -1, 3), ("conv1", -3, 4), ("fc", -3, 512), ("fc", -1, 511)])
 def test_factors_that_do_not_fit_their_layer_are_refused(tmp_path, scaled, name, dim, n):
     int4.save_packed(scaled, tmp_path / "scaled")
-    facts, tensors = files.load_tensors(tmp_path / "scaled", remedy="")
-    del facts["sha256"]
-    facts["scaled"][name], tensors[f"{name}.input_scale.factors"] = dim, torch.ones(n).half()
-    files.save_tensors(tmp_path / "scaled", tensors, facts)
+
+    def change(layout, tensors):
+        layout["scaled"][name], tensors[f"{name}.input_scale.factors"] = dim, torch.ones(n).half()
+
+    rewrite(tmp_path / "scaled", change)
     with pytest.raises(ValueError, match=f"the factors of the inputs of {name} do not fit it"):
         int4.load_packed(tmp_path / "scaled")
 
@@ -381,9 +390,6 @@ def test_a_loaded_network_does_not_hang_on_its_file(tmp_path, resnet18, images):
 @pytest.mark.parametrize("ends", [[-129, 127], [0, 256], [5, 5], [0, True], [0.0, 255]])
 def test_inputs_that_are_not_rounded_to_bytes_are_refused(tmp_path, resnet18, images, ends):
     int4.save_packed(simulate.quantize(resnet18, simulate.Policy(4, 8), [images]), tmp_path / "model")
-    facts, tensors = files.load_tensors(tmp_path / "model", remedy="")
-    del facts["sha256"]
-    facts["inputs"]["conv1"] = ends
-    files.save_tensors(tmp_path / "model", tensors, facts)
+    rewrite(tmp_path / "model", lambda layout, tensors: layout["inputs"].update(conv1=ends))
     with pytest.raises(ValueError, match="conv1 rounds its input to integers"):
         int4.load_packed(tmp_path / "model")
