@@ -6,8 +6,10 @@ The site is built once for all workers. What needs a browser is skipped where th
 import functools
 import http.server
 import inspect
+import json
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -17,8 +19,9 @@ import nbformat
 import pytest
 from bs4 import BeautifulSoup
 
-from course_utils import exercises
+from course_utils import exercises, report
 from course_utils.tools import badges, site
+from tests import toys
 from tests.test_browser import chromium
 from tests.test_house import PUBLIC
 from tests.toys import ROOT
@@ -221,6 +224,155 @@ def test_the_api_has_every_public_name_and_no_solution_of_an_exercise(pages):
 
 
 @pytest.fixture
+def small_course(tmp_path, monkeypatch):
+    """A course of two notebooks with other numbers than ours: what is gathered from a course is gathered from this one."""
+    for name, minutes, title in (
+        ("00_a.ipynb", 30, "Start here: what it is"),
+        ("01_b.ipynb", 90, "Numbers: how they go"),
+    ):
+        toys.write_notebook(tmp_path / "notebooks" / name, minutes=minutes)
+        toys.edit(tmp_path / "notebooks" / name, lambda n, title=title: n.cells[0].update(source=f"# {title}"))
+    (tmp_path / "notebooks" / "draft.ipynb").touch()
+    (tmp_path / "docs" / "_build").mkdir(parents=True)
+    for name in ("docs/index.md", "docs/more.md", "docs/conf.py", "docs/_build/old.md", *site.PAGES_AT_THE_ROOT):
+        (tmp_path / name).write_text(f"# {name}")
+    (tmp_path / "docs" / "api").mkdir()
+    machine = {"cpu": "Z80", "isa": ["avx2", "amx"]}
+    entry = {"value": 2.5, "unit": "ms", "low": 2, "high": 3, "n": 7, "source": "measured", "machine": "abc"}
+    records = {"FP|32": {"latency": entry}, "blog": {"size": {"value": 5, "unit": "×", "source": "cited"}}}
+    reached = {"test": 0.5, "low": 0.25, "high": 0.75}
+    trained = {
+        "recipe": {},
+        "seconds": 600,
+        "machine": machine,
+        "licence": "MIT",
+        "bytes": 1234,
+        "sha256": "0123456789abcdef",
+    }
+    contents = {
+        "ledger.json": {"version": 1, "machines": {"abc": machine}, "records": records},
+        "manifest.json": {
+            "net": trained | {"accuracy": reached},
+            "words": trained | {"loss": reached, "origin": "here", "seconds": 60},
+            "text": {"bytes": 5, "sha256": "f" * 64, "licence": "CC0"},
+        },
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    monkeypatch.setenv("COURSE_DATA", str(tmp_path))
+    monkeypatch.setattr(site, "ROOT", tmp_path)
+    monkeypatch.setattr(site, "DOCS", tmp_path / "docs")
+    return tmp_path
+
+
+def rows(table):
+    """The rows of a Markdown table below its head, each a list of cells."""
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
+
+
+def test_tables_of_a_page_have_what_ledger_manifest_and_notebooks_say(small_course):
+    assert rows(site.course_map()) == [
+        ["[00 Start here](/notebooks/00_a.ipynb)", "30", "What it is"],
+        ["[01 Numbers](/notebooks/01_b.ipynb)", "90", "How they go"],
+    ]
+    assert "2 lessons, 2 hours with the exercises." in site.course_map()
+    assert site.lessons().splitlines()[-3:] == [
+        "00 Start here </notebooks/00_a.ipynb>",
+        "01 Numbers </notebooks/01_b.ipynb>",
+        "```",
+    ]
+    assert rows(site.machines()) == [["cpu", "Z80"], ["isa", "avx2, amx"]]
+    assert rows(site.records()) == [
+        [r"FP\|32", "latency", "2.5 ms [2, 3]", "7", "measured", "machine 1"],
+        ["blog", "size", "5.00×", "–", "cited", "–"],
+    ]
+    assert rows(site.data_files()) == [
+        ["`net`", "1,234", "`0123456789ab…`", "MIT", "–"],
+        ["`words`", "1,234", "`0123456789ab…`", "MIT", "here"],
+        ["`text`", "5", "`ffffffffffff…`", "CC0", "–"],
+    ]
+    assert rows(site.checkpoints()) == [
+        ["`net`", "10", "Z80", "accuracy 0.5000 [0.2500, 0.7500]"],
+        ["`words`", "1", "Z80", "loss 0.5000 [0.2500, 0.7500]"],
+    ]
+
+
+def test_what_stands_in_pages_is_of_the_course_that_is_here(small_course, monkeypatch):
+    def exercise_index():
+        return ""  # of exercises there are ours only
+
+    monkeypatch.setattr(site, "exercise_index", exercise_index)
+    monkeypatch.setattr(site.report, "stored", dict)
+    here = site.parts()
+    assert here["course_map"] == site.course_map() and here["machines"] == site.machines()
+    with monkeypatch.context() as patch:
+        patch.setattr(site, "ROOT", ROOT)
+        patch.delenv("COURSE_DATA")
+        ours = site.parts()
+    same = {name for name in here if here[name] == ours[name]}
+    assert set(here) == set(ours) and same == {"exercise_index", "commands", "stored_reports", "module_index"}
+
+
+def test_the_exercises_are_listed_under_the_title_of_their_lesson(monkeypatch):
+    ours, every = site.notebooks(), exercises.every()
+    for title, few in (("Numbers", list(every.values())[:3]), ("Figures", list(every.values())[2:9])):
+        for notebook in ours.values():
+            notebook.cells[0].source = f"# {title}: and more"
+        monkeypatch.setattr(site, "notebooks", lambda: ours)
+        monkeypatch.setattr(exercises, "every", lambda few=few: {e.id: e for e in few})
+        page = site.exercise_index()
+        shown = re.findall(r"^\| \[(.*)\]\(#ask-(.*?)\) \| `(.*?)` \| (\d+) \| ", page, re.M)
+        assert shown == [(e.title, e.id, e.id, str(e.minutes)) for e in few]
+        numbers = re.findall(rf"^## \[(\d\d) {title}\]\(/notebooks/(\d\d)_", page, re.M)
+        assert numbers == [(n, n) for n in sorted({e.notebook for e in few})]
+
+
+def test_the_address_to_clone_is_that_of_the_setting(monkeypatch):
+    for repository in ("me/course", "you/other"):
+        monkeypatch.setattr(site.badges, "setting", lambda r=repository: badges.Course(r, "main"))
+        assert (
+            f"git clone https://github.com/{repository}\ncd {repository[repository.index('/') + 1 :]}\n"
+            in site.commands()
+        )
+
+
+def test_a_stored_report_is_a_row(monkeypatch):
+    (content, *_) = report.stored().values()
+    for rounds in (5, 7):
+        changed = content | {"conditions": content["conditions"] | {"rounds": rounds}, "date": "1999-01-02"}
+        monkeypatch.setattr(site.report, "stored", lambda changed=changed: {"one": changed, "two": changed})
+        (row, again) = rows(site.stored_reports())
+        assert row == again and row[0].endswith("), 1999-01-02") and row[1] == str(rounds)
+        assert row[3] == f"{content['aa_test']['resolution']:.1%}"
+        assert row[5] == f"{content['ceilings']['bandwidth'] / 1e9:.1f}"
+
+
+def test_modules_of_the_package_are_found_with_their_first_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(site.course_utils, "__path__", [*site.course_utils.__path__, str(tmp_path)])
+    before = site.modules()
+    (tmp_path / "zebra.py").write_text('"""Stripes,\nblack and white.\n\nMore.\n"""\n')
+    (tmp_path / "_hidden.py").touch()
+    assert site.modules() == [*before[:-1], "zebra", "tools"]
+    assert rows(site.module_index())[-2] == ["[`zebra`](/docs/api/zebra.rst)", "Stripes, black and white."]
+    assert len(rows(site.module_index())) == len(before) + 1
+    sys.modules.pop("course_utils.zebra")
+
+
+def test_the_tree_for_sphinx_lies_as_the_repository_does(small_course, tmp_path, monkeypatch):
+    for modules in (["stats"], ["affine", "tables"]):
+        monkeypatch.setattr(site, "modules", lambda modules=modules: modules)
+        target = tmp_path / modules[0]
+        target.mkdir()
+        site.assemble(target)
+        found = {path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_file()}
+        api = {f"docs/api/{name}.rst" for name in modules}
+        pages = {"index.md", "docs/more.md", "notebooks/00_a.ipynb", "notebooks/01_b.ipynb", *site.PAGES_AT_THE_ROOT}
+        assert found == pages | api
+        assert (target / "docs/api" / f"{modules[0]}.rst").read_text(encoding="utf-8") == site.api_page(modules[0])
+
+
+@pytest.fixture
 def visit(browser, address):
     """Return a function that opens a page of the site and fails when anything is asked of another machine or is not there."""
     contexts = []
@@ -307,6 +459,28 @@ def test_a_warning_of_sphinx_leaves_the_old_site_in_place(tmp_path, monkeypatch)
         site.build(tmp_path / "site")
     assert [path.name for path in tmp_path.iterdir()] == ["site"]
     assert (tmp_path / "site" / "index.html").read_text() == "old"
+
+
+def test_the_command_says_how_many_pages_there_are_or_why_there_are_none(tmp_path, monkeypatch, capsys):
+    def build(folder):
+        if "not" in folder.name:
+            raise RuntimeError("a page is missing")
+        if "no sphinx" in folder.name:
+            raise ModuleNotFoundError(name="sphinx")
+        for name in ("index.html", "docs/a.html", "_static/b.html", "a.txt"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+
+    monkeypatch.setattr(site, "build", build)
+    monkeypatch.setattr(site.files, "results_dir", lambda: tmp_path)
+    for arguments, folder in (([], "site"), ([str(tmp_path / "mine")], "mine")):
+        monkeypatch.setattr("sys.argv", ["site", *arguments])
+        site.main()
+        assert capsys.readouterr().out == f"2 pages; the first is {tmp_path / folder / 'index.html'}\n"
+    for folder, why in (("not", "a page is missing"), ("no sphinx", "sphinx is not installed: make setup")):
+        monkeypatch.setattr("sys.argv", ["site", str(tmp_path / folder)])
+        with pytest.raises(SystemExit, match=why):
+            site.main()
 
 
 def test_a_folder_that_is_no_site_is_not_replaced(tmp_path):

@@ -1,12 +1,13 @@
 """The arms' file: whole, resumable, and never about another network than the one that is here."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from course_utils import files
+from course_utils import data, files, models
 from course_utils.simulate import Policy
 from course_utils.tools import arms
 
@@ -115,6 +116,21 @@ def test_each_arm_is_made_of_the_network_it_names(monkeypatch):
         trainer.make(arms.Arm("resnet18", arms.STATISTICS, w8, *rest))
     assert [s["lr"] for s in steps] == [arms.LR, arms.LR, 0.0]
     assert all(s["steps"] == 7 and s["seed"] == 1 and s["bf16"] for s in steps)
+
+
+def test_predictions_are_of_the_split_that_the_arm_is_scored_on(monkeypatch):
+    whole = data.fashion_mnist
+    monkeypatch.setattr(
+        arms.data,
+        "fashion_mnist",
+        lambda split: replace(whole(split), pixels=whole(split).pixels[:20], labels=whole(split).labels[:20]),
+    )
+    for name, split in (("resnet18", "test"), ("mobilenet_v2", "validation")):
+        network = arms.make(arms.Arm(name, arms.FP32, split=split))
+        found = arms.predictions(arms.Arm(name, arms.FP32, split=split), network)
+        assert not network.training and models.architecture(network)["name"] == name
+        with torch.no_grad():
+            assert torch.equal(found, models.load(name)(data.preprocess(whole(split).pixels[:20], 64)).argmax(1))
 
 
 def test_the_stored_arms_are_those_of_the_networks_that_are_here():

@@ -250,6 +250,55 @@ def test_what_may_be_quiet_is_still_there_and_says_why():
         assert len(why) > 10, name
 
 
+def test_the_files_are_those_of_the_package_that_have_tests(tmp_path, monkeypatch):
+    assert len(constants.all_files()) > 80
+    for name in ("course_utils/a.py", "course_utils/b.py", "course_utils/c/d.py", "tests/test_a.py", "tests/test_c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(constants, "ROOT", tmp_path)
+    assert constants.all_files() == ["a", "c/d"]
+
+
+NOTICED = {"functions": {"mean": "noticed"}, "tests": [], "calling": 3, "broken": []}
+MAY = NOTICED | {"functions": {"every": "unnoticed"}}
+QUIET = NOTICED | {"functions": {"pack": "unnoticed"}, "broken": ["tests/test_int4.py::test_b"]}
+
+
+@pytest.mark.parametrize(("last", "code"), [(NOTICED, 0), (MAY, 0), (QUIET, 1), (None, None)])
+def test_the_command_tries_each_file_in_a_copy_and_fails_when_something_goes_unnoticed(
+    tmp_path, monkeypatch, capsys, last, code
+):
+    file = "exercises/quizzes" if last is MAY else "int4"
+    answers = {"stats": NOTICED, file: last}
+
+    def run(command, *, cwd, **options):
+        assert cwd == tmp_path / "constants" and cwd.is_dir() and command[-2] == "--here"
+        answer = answers[command[-1]]
+        return types.SimpleNamespace(returncode=answer is None, stdout=json.dumps(answer), stderr="the reason")
+
+    monkeypatch.setattr(constants.files, "results_dir", lambda: tmp_path)
+    monkeypatch.setattr(constants.mutants, "copy", lambda folder: folder.mkdir())
+    monkeypatch.setattr(constants.subprocess, "run", run)
+    if last is None:
+        with pytest.raises(constants.ConstantsError, match="int4 could not be tried:\nthe reason"):
+            constants.main(["stats", file])
+        return
+    assert constants.main(["stats", file]) == code
+    said = capsys.readouterr().out
+    assert said.startswith(f"stats.py\n{file}.py\n")
+    assert (
+        ("int4.pack: unnoticed\n" in said) == ("test_b: fails although nothing is replaced" in said) == (last is QUIET)
+    )
+    assert ("exercises/quizzes.every: unnoticed, and may: it always is the same" in said) == (last is MAY)
+
+
+def test_what_is_tried_here_is_told_as_json(monkeypatch, capsys):
+    monkeypatch.setattr(constants, "try_file", lambda file: {"functions": file})
+    for file in ("stats", "int4"):
+        assert constants.main(["--here", file]) == 0
+        assert json.loads(capsys.readouterr().out) == {"functions": file}
+
+
 def test_an_unknown_file_is_refused(capsys):
     with pytest.raises(SystemExit):
         constants.main(["nonsense"])

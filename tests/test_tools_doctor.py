@@ -53,9 +53,8 @@ def test_whatever_is_wrong_comes_with_a_remedy(findings):
     assert all(finding.fix for finding in findings if finding.status == "FAIL" and finding.what != "data")
 
 
-@pytest.mark.parametrize(
-    ("version", "requirement", "fits"),
-    [
+def test_mismatch():
+    for version, requirement, fits in (
         ("2.14.1", "torch>=2.14.0", True),
         ("2.14.1+cpu", "torch==2.14.1", True),
         ("2.14.1+cu130", "torch (==2.14.1)", True),
@@ -63,12 +62,38 @@ def test_whatever_is_wrong_comes_with_a_remedy(findings):
         ("2.13.0", "torch>=2.14.0", False),
         ("2.13.0", "torch>=2.14.0 ; extra == 'other'", True),
         ("2.13.0", "numpy>=99", True),
-    ],
-)
-def test_mismatch(version, requirement, fits):
-    problem = doctor.mismatch("torchvision", "torch", version, requirements=[requirement])
-    assert (problem is None) == fits
-    assert fits or version in problem
+    ):
+        problem = doctor.mismatch("torchvision", "torch", version, requirements=[requirement])
+        assert (problem is None) == fits, (version, requirement)
+        assert fits or version in problem
+
+
+def test_another_python_fails(monkeypatch):
+    for version, status in (("3.11.0", "OK"), ("3.10.9", "FAIL")):
+        monkeypatch.setattr(doctor.platform, "python_version", lambda version=version: version)
+        (found,) = doctor.python()
+        assert (found.status, found.what) == (status, "Python") and version in found.found
+        assert ("PYTHON=python3.11" in found.fix) == (status == "FAIL")
+
+
+def test_all_subjects_are_asked_in_order(monkeypatch):
+    order = "python torch_and_vision torchao packages processor int8_engines memory compiler folders engines data_files".split()
+    for found in ("good", "bad"):
+        for name in order:
+            monkeypatch.setattr(doctor, name, lambda what=f"{name} {found}": iter([what, what]))
+        assert doctor.examine() == [f"{name} {found}" for name in order for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["Ada", "Émilie"])
+def test_a_record_has_the_findings_and_the_machine_in_a_form_that_json_holds(monkeypatch, name):
+    monkeypatch.setattr(cpu, "name", lambda: f"CPU of {name}")
+    monkeypatch.setattr(cpu, "flags", lambda: {"avx2", "of no interest"})
+    found = [doctor.Finding("WARN", "memory", "little", "close programs"), doctor.Finding("OK", "data", name)]
+    kept = doctor.record(found, name)
+    assert json.loads(json.dumps(kept)) == kept
+    assert [doctor.Finding(**finding) for finding in kept["findings"]] == found
+    assert (kept["name"], kept["machine"]["cpu"], kept["machine"]["isa"]) == (name, f"CPU of {name}", ["avx2"])
+    assert kept["machine"]["engine"] == backends.default_engine() and kept["doctor"] == doctor.RECORD
 
 
 def test_torchvision_of_another_torch_fails(monkeypatch):

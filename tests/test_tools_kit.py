@@ -327,6 +327,26 @@ def test_the_cpu_builds_are_asked_for_where_setup_asks_for_them(course, tmp_path
         assert json.loads(packed.read(f"{kit.FOLDER}/kit.json"))["variant"] == "cpu"
 
 
+def test_the_command_says_what_it_made_or_why_not(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def build(**options):
+        asked.append(options)
+        if options["engines"]:
+            raise kit.KitError("The disk is full.")
+        (tmp_path / "kit.zip").write_bytes(bytes(20_000_000))
+        (tmp_path / "kit.sha256").write_text("1\n2\n3\n")
+        return tmp_path / "kit.zip"
+
+    monkeypatch.setattr(kit, "build", build)
+    assert kit.main([]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'kit.zip'}  0.02 GB\n" in said and f"{tmp_path / 'kit.sha256'}  3 sums\n" in said
+    assert kit.main(["--torch", "cpu", "--engines"]) == 2
+    assert capsys.readouterr().err == "No kit was made. The disk is full.\n"
+    assert asked == [{"torch": "", "engines": False}, {"torch": "cpu", "engines": True}]
+
+
 def test_make_packs_what_is_installed(tmp_path):
     installed = tmp_path / "installed"
     installed.write_text("cpu engines\n")

@@ -1,10 +1,11 @@
 """The ladder's file: whole, resumable, and never about another network than the one that is here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from course_utils import files, measure, models, weights
+from course_utils import data, files, measure, models, rounding, sensitivity, simulate, weights
 from course_utils.simulate import Policy
 from course_utils.stats import Proportion
 from course_utils.tools import ladder
@@ -100,6 +101,57 @@ def test_a_stopped_run_goes_on_where_it_was(folder, monkeypatch):
     before = list(jobs)
     ladder.main()
     assert jobs == before
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Few images for all that is measured; returns a function that gives those of a split in batches."""
+    few = 24
+    for name in ("CALIBRATION_IMAGES", "SCAN_IMAGES"):
+        monkeypatch.setattr(ladder, name, few)
+    return lambda split: data.batches(data.fashion_mnist(split), few, limit=few)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_rungs_are_what_quantizing_step_by_step_gives(little, split):
+    policy, model, calibration = Policy(weights=3, clip="mse"), models.load("mobilenet_v2"), little("calibration")
+    for repairs in (ladder.NEAREST, ladder.EQUALIZED):
+        start = rounding.cross_layer_equalization(model) if repairs == ladder.EQUALIZED else model
+        plain = simulate.quantize(start, policy)
+        networks = [plain, rounding.bias_correction(start, plain, calibration)]
+        expected = [
+            ladder.Rung(
+                "mobilenet_v2",
+                replace(policy, activations=bits),
+                repair,
+                split,
+                measure.compare(model, n, little(split)),
+            )
+            for repair, network in zip(repairs, networks, strict=True)
+            for bits, n in (
+                (None, network),
+                (8, simulate.quantize_activations(network, replace(policy, activations=8), calibration)),
+            )
+        ]
+        assert ladder.measure_rungs("mobilenet_v2", policy, repairs, (None, 8), split, 24) == expected
+    assert len({rung.comparison for rung in expected}) > 1
+
+
+def test_adaround_is_measured_where_it_is_asked_for(little, monkeypatch):
+    """It takes minutes, and here gives the float network, of which no prediction flips."""
+    monkeypatch.setattr(ladder.rounding, "adaround", lambda model, policy, images: (model, {}))
+    found = ladder.measure_rungs("resnet18", Policy(weights=2), ladder.ADAROUND, (None,), "test", 24)
+    assert [(rung.repair, rung.comparison.flips) for rung in found] == [(repair, 0) for repair in ladder.ADAROUND]
+    found = ladder.measure_rungs("resnet18", Policy(weights=2), ladder.NEAREST, (None,), "test", 24)
+    assert all(rung.comparison.flips > 0 for rung in found)
+
+
+def test_mixed_bits_are_spent_where_a_scan_says(little):
+    model = models.load("resnet18")
+    scanned = sensitivity.scan(model, Policy(weights=4), little("validation"))
+    found = ladder.mixed("resnet18", (2.5, 6))
+    assert found == [Policy(weights=4, layers=sensitivity.spend(scanned, average)) for average in (2.5, 6)]
+    assert found[0] != found[1] and ladder.mixed("resnet18", ()) == []
 
 
 def test_the_stored_ladder_is_that_of_the_networks_that_are_here():

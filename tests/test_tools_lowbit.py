@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import subprocess
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from course_utils import data, files, int4, models, weights
+from course_utils import data, files, int4, models, simulate, weights
+from course_utils.simulate import Policy
 from course_utils.tools import lowbit
 
 RECIPE = lowbit.Recipe(steps=3, batch_size=4, bf16=False)
@@ -43,6 +45,11 @@ def test_training_ends_in_a_packed_file_with_its_story(folder, monkeypatch):
     size = (folder / lowbit.TARGET).stat().st_size
     n = sum(layer.weight.numel() for layer in weights.layers(stored).values())
     assert size < 1.05 * n * 2 / 8
+    rounded = simulate.quantize(models.load("resnet18"), Policy(weights=8))
+    again = lowbit.publish(rounded, RECIPE, 7.4)
+    entry = json.loads((folder / "manifest.json").read_text())[lowbit.TARGET]
+    assert again.second.successes > comparison.second.successes and entry["accuracy"]["test"] == again.second.value
+    assert entry["seconds"] == 7
 
 
 def _some(images):
@@ -75,6 +82,35 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_starts(monkeypatch, cap
     with pytest.raises(SystemExit):
         lowbit.main()
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "bf16"), [("cpu", True, True), ("cpu", False, False), ("cuda", False, True)]
+)
+def test_the_command_lets_one_process_publish(monkeypatch, capsys, rank, device, has_bf16, bf16):
+    @contextlib.contextmanager
+    def process_group(asked):
+        assert asked == device
+        yield rank, f"{device}:{rank}"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lowbit.cpu, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(lowbit, "process_group", process_group)
+    trained = []
+    monkeypatch.setattr(lowbit, "train", lambda recipe, **settings: trained.append(settings) or (recipe, 9.0))
+    monkeypatch.setattr(lowbit, "publish", lambda model, recipe, seconds: f"{model.bf16} {recipe.bf16} {seconds}")
+    monkeypatch.setattr("sys.argv", ["lowbit", "--device", device])
+    lowbit.main()
+    assert trained == [{"device": f"{device}:{rank}", "progress": rank == 0}]
+    assert capsys.readouterr().out == (f"{bf16} {bf16} 9.0\n0.0 min → data/{lowbit.TARGET}\n" if rank == 0 else "")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_without_torchrun_a_process_is_the_first_and_only_one(monkeypatch, device):
+    monkeypatch.delenv("RANK", raising=False)
+    with lowbit.process_group(device) as mine:
+        assert mine == (0, device)
 
 
 def test_the_stored_network_is_the_one_the_manifest_tells_of():

@@ -3,9 +3,11 @@
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 
+from course_utils.stats import Proportion
 from course_utils.tools import mutants
 from course_utils.tools.mutants import Mutant
 from tests.toys import ROOT
@@ -69,15 +71,75 @@ def test_an_unknown_file_is_refused(capsys):
     assert "unknown: nonsense; there are: affine, " in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy is made of a clone")
 def test_the_copy_has_what_git_knows_and_is_told_what_to_change(tmp_path):
-    mutants.copy(tmp_path)
-    mutants.configure(tmp_path, ["int4", "rounding/awq"])
-    for name in ("course_utils/stats.py", "data/manifest.json", "notebooks/00_start_here.ipynb", "tests/conftest.py"):
-        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
-    assert not (tmp_path / ".venv").exists() and not (tmp_path / "results").exists()
-    said = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
-    assert said["only_mutate"] == ["course_utils/int4.py", "course_utils/rounding/awq.py"]
-    assert said["pytest_add_cli_args_test_selection"] == ["tests/test_int4.py", "tests/test_rounding.py"]
+    for place, chosen, tests in (("a", ["int4", "rounding/awq"], ["int4", "rounding"]), ("b", ["stats"], ["stats"])):
+        folder = tmp_path / place
+        mutants.copy(folder)
+        mutants.configure(folder, chosen)
+        for name in (
+            "course_utils/stats.py", "data/manifest.json", "notebooks/00_start_here.ipynb", "tests/conftest.py"
+        ):  # fmt: skip
+            assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
+        assert not (folder / ".venv").exists() and not (folder / "results").exists()
+        said = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
+        assert said["only_mutate"] == [f"course_utils/{file}.py" for file in chosen]
+        assert said["pytest_add_cli_args_test_selection"] == [f"tests/test_{name}.py" for name in tests]
+
+
+@pytest.fixture
+def mutmut(monkeypatch):
+    """A mutmut that prints what is in `says` (by its first argument); what it was asked is in `asked`."""
+    asked, says = [], {}
+
+    def run(command, *, cwd, env, **options):
+        assert command[:3] == [sys.executable, "-m", "mutmut"] and env["OMP_NUM_THREADS"] == "1"
+        asked.append((cwd, *command[3:]))
+        code, printed, error = says.get(command[3], (0, "", ""))
+        return SimpleNamespace(returncode=code, stdout=printed, stderr=error)
+
+    monkeypatch.setattr(mutants.subprocess, "run", run)
+    return SimpleNamespace(asked=asked, says=says)
+
+
+def test_what_mutmut_lists_and_shows_is_read(mutmut, tmp_path):
+    assert mutants.listed(tmp_path) == [] and mutants.change(tmp_path, Mutant(NAME.format(1), "killed")) == ""
+    lines = [f"    {NAME.format(1)}: killed", f"    {NAME.format(2)}: not checked", "something else: killed"]
+    mutmut.says["results"] = (0, "\n".join(lines), "")
+    one, two = mutants.listed(tmp_path)
+    assert (one, two) == (Mutant(NAME.format(1), "killed"), Mutant(NAME.format(2), "not checked"))
+    shown = "# what it is\n--- stats.py\n+++ stats.py\n@@ -1,3 +1,3 @@\n def f(a):\n-    return a\n+    return not a\n"
+    mutmut.says["show"] = (0, shown, "")
+    assert mutants.change(tmp_path, two) == "- return a\n+ return not a"
+    assert mutmut.asked[-1] == (tmp_path, "show", NAME.format(2))
+    mutmut.says["run"] = (1, "", "nothing matches none of them")
+    assert mutants.mutmut(tmp_path, "run", "none of them") == ""
+    mutmut.says["run"] = (1, "half-way", "out of memory")
+    with pytest.raises(mutants.MutantsError, match="mutmut run failed:\nhalf-wayout of memory"):
+        mutants.mutmut(tmp_path, "run")
+
+
+@pytest.mark.parametrize("survivors", [1, 2])
+def test_the_command_fails_when_fewer_are_noticed_than_asked(mutmut, tmp_path, monkeypatch, capsys, survivors):
+    """Of ten changes some survive, and one of those that do may."""
+    known = tomllib.loads((ROOT / mutants.KNOWN).read_text(encoding="utf-8"))["survivor"][0]
+    names = [f"{known['function']}__mutmut_{number}" for number in range(10)]
+    verdicts = ["survived"] * (1 + survivors) + ["killed"] * (9 - survivors)
+    listed = "\n".join(f"  {name}: {verdict}" for name, verdict in zip(names, verdicts, strict=True))
+    mutmut.says["results"] = (0, listed, "")
+    changes = {names[0]: known["change"]}
+    monkeypatch.setattr(mutants, "change", lambda folder, mutant: changes.get(mutant.name, "- a\n+ b"))
+    monkeypatch.setattr(mutants, "copy", lambda folder: folder.mkdir())
+    monkeypatch.setattr(mutants, "configure", lambda folder, chosen: (folder / "chosen").write_text(" ".join(chosen)))
+    monkeypatch.setattr(mutants.files, "results_dir", lambda: tmp_path)
+    file = Mutant(names[0], "").file
+    assert mutants.main([file, "--sample", "0", "--workers", "3"]) == (survivors == 2)
+    said = capsys.readouterr().out
+    assert f"{names[0]}: survived, and may: {known['why']}" in said and f"{names[1]}: survived\n- a\n+ b" in said
+    assert f"noticed: {Proportion(9 - survivors, 9)}; asked: 85%" in said
+    folder = tmp_path / "mutants"
+    assert (folder / "chosen").read_text() == file
+    assert (folder, "run", "--max-children", "3", *names) in mutmut.asked
 
 
 def test_without_mutmut_it_says_so(tmp_path):

@@ -52,10 +52,11 @@ def test_nothing_of_this_python_and_this_user_is_lent(monkeypatch, tmp_path):
     for name in ("PYTHONPATH", "COURSE_DATA", "JUPYTER_CONFIG_DIR", "VIRTUAL_ENV", "MAKEFLAGS", "XDG_CACHE_HOME"):
         monkeypatch.setenv(name, "x")
     monkeypatch.setenv("HTTPS_PROXY", "kept")
-    environment = rehearse.alone(tmp_path, tmp_path / "bin")
-    assert "x" not in environment.values() and environment["HTTPS_PROXY"] == "kept"
-    assert environment["HOME"] == str(tmp_path) and environment["PATH"].startswith(f"{tmp_path / 'bin'}{os.pathsep}")
-    assert environment["PYTHONNOUSERSITE"] == "1"
+    for home in (tmp_path, tmp_path / "other"):
+        environment = rehearse.alone(home, home / "bin")
+        assert "x" not in environment.values() and environment["HTTPS_PROXY"] == "kept"
+        assert environment["HOME"] == environment["USERPROFILE"] == str(home)
+        assert environment["PATH"].startswith(f"{home / 'bin'}{os.pathsep}") and environment["PYTHONNOUSERSITE"] == "1"
 
 
 def test_the_list_is_the_one_that_conda_reads():
@@ -126,6 +127,16 @@ def test_a_python_that_is_not_there_is_one_sentence(capsys):
     assert capsys.readouterr().err == (
         "make colab: there is no no-such-python: install it, or say PYTHON=/path/to/it.\n"
     )
+
+
+@pytest.mark.parametrize(("place", "python"), [("binder", sys._base_executable), ("colab", "python3.12")])
+def test_each_place_is_rehearsed_on_its_python_and_ends_with_the_code_of_the_notebooks(monkeypatch, place, python):
+    asked = []
+    monkeypatch.setattr(rehearse.shutil, "which", lambda name: name)
+    monkeypatch.setattr(rehearse, place, lambda python, only: asked.append((python, only)) or len(only))
+    assert rehearse.main([place]) == 0
+    assert rehearse.main([place, "--python", "pypy", "--only", "00", "03"]) == 2
+    assert asked == [(python, []), ("pypy", ["00", "03"])]
 
 
 def test_colab_is_what_the_course_takes_for_colab():

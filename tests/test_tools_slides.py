@@ -217,3 +217,12 @@ def test_without_reveal_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(importlib.metadata, "distribution", missing)
     assert slides.main([]) == 2
     assert "pip install sphinx-revealjs" in capsys.readouterr().err
+
+
+def test_the_command_names_the_pages_it_wrote(monkeypatch, capsys):
+    monkeypatch.setattr(slides, "make", lambda: ["a.html", "b.html"])
+    assert slides.main([]) == 0
+    assert capsys.readouterr().out == "a.html\nb.html\n"
+    monkeypatch.setattr(slides, "make", lambda: open("no such folder/page.html"))
+    assert slides.main([]) == 2
+    assert capsys.readouterr().err.startswith("No slides were made. ")

@@ -117,9 +117,9 @@ def test_a_finished_training_that_was_killed_before_publishing_is_not_repeated(t
 
 def test_another_recipe_starts_anew(tiny_data, monkeypatch, capsys):
     build_stubs(monkeypatch)
-    train.train("resnet18", RECIPE, progress=False)
-    train.train("resnet18", dataclasses.replace(RECIPE, weight_decay=1e-3), progress=False)
-    assert "resuming" not in capsys.readouterr().out
+    first, _ = train.train("resnet18", RECIPE, progress=False)
+    other, _ = train.train("resnet18", dataclasses.replace(RECIPE, weight_decay=1e-3), progress=False)
+    assert "resuming" not in capsys.readouterr().out and not equal(first, other)
 
 
 def test_the_last_epochs_learn_at_a_falling_rate_and_each_at_its_size(tiny_data, monkeypatch):
@@ -188,6 +188,26 @@ def test_no_test_image_is_lost_to_half_precision(tiny_data, weight_scale, varian
 def test_every_model_has_a_recipe_that_ends_at_the_size_it_is_used_at():
     assert set(train.RECIPES) == set(models.NAMES)
     assert {recipe.size for recipe in train.RECIPES.values()} == {data.Images.size}
+    assert [recipe.epochs for recipe in (RECIPE, train.RECIPES["resnet18"])] == [3, 9]
+
+
+def test_the_command_publishes_what_is_named_in_the_precision_that_pays_here(tiny_data, monkeypatch, capsys):
+    build_stubs(monkeypatch)
+    wanted = dataclasses.replace(RECIPE, bf16=True)
+    monkeypatch.setattr(train, "RECIPES", {"resnet18": wanted, "mobilenet_v2": RECIPE})
+    for names, has_bf16, expected in (
+        (["resnet18"], False, {"resnet18": False}),
+        ([], True, {"resnet18": True, "mobilenet_v2": False}),
+    ):
+        monkeypatch.setattr(train.cpu, "has_bf16", lambda has=has_bf16: has)
+        monkeypatch.setattr("sys.argv", ["train", *names])
+        train.main()
+        said, entries = capsys.readouterr().out, files.read_manifest()
+        published = {name: entries[path] for name in models.NAMES if (path := models.checkpoint(name)) in entries}
+        assert {name: entry["recipe"]["bf16"] for name, entry in published.items()} == expected
+        for name, entry in published.items():
+            accuracy = Proportion(round(20 * entry["accuracy"]["test"]), 20)
+            assert f"{name}: {accuracy} on the test set" in said and f"data/{models.checkpoint(name)}" in said
 
 
 def test_an_unknown_model_is_refused_before_any_training(monkeypatch, capsys):

@@ -63,6 +63,24 @@ def test_it_learns_and_is_published_with_its_story(folder):
     assert entry["recipe"]["steps"] == 60 and entry["loss"]["test"] == score.value and entry["seconds"] >= 0
     assert not list((folder / "checkpoints").glob("*.resume.pt"))
     assert models.load("char_lm").head.weight.shape == (63, 16)
+    again = train_lm.publish(model, RECIPE, 7.4, tokens=text.king_james("test")[3300:6600])
+    entry = json.loads((folder / files.MANIFEST).read_text())[models.checkpoint("char_lm")]
+    assert again.value != score.value and (entry["recipe"]["steps"], entry["seconds"]) == (5, 7)
+    assert entry["loss"]["test"] == again.value
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_the_command_trains_in_the_precision_that_this_machine_has(monkeypatch, capsys, has_bf16):
+    monkeypatch.setattr(train_lm.cpu, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(train_lm, "train", lambda recipe: (recipe, 90.0))
+    monkeypatch.setattr(
+        train_lm, "publish", lambda model, recipe, seconds: f"{model == recipe} {recipe.bf16} {seconds}"
+    )
+    train_lm.main()
+    said = capsys.readouterr().out
+    assert said == (
+        f"char_lm: True {has_bf16} 90.0 nats a character on the test text, 1.5 min → data/{models.checkpoint('char_lm')}\n"
+    )
 
 
 def test_the_rate_rises_and_falls_to_a_tenth():
