@@ -245,8 +245,11 @@ def test_a_file_from_a_processor_with_vnni_says_so_on_one_without(
     )
 
 
-def test_a_float_network_cannot_overflow(small):
-    assert backends.may_overflow(backends.deploy(small, engine="torch")) is False
+def test_only_a_network_with_all_8_bits_of_its_weights_can_overflow(small, calibration, monkeypatch):
+    monkeypatch.setattr(backends, "needs_headroom", lambda engine: engine != "torch")
+    whole, reduced = (backends.quantize_static(small, calibration, reduce_range=r) for r in (False, True))
+    plain = backends.deploy(small, engine="torch")
+    assert [backends.may_overflow(model) for model in (whole, reduced, plain)] == [True, False, False]
 
 
 @pytest.mark.parametrize("wrong", [nn.Linear(3, 10), nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())])

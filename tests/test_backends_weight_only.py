@@ -131,18 +131,19 @@ def test_what_there_is_no_kernel_for_is_said(lm):
 
 def test_all_ways_multiply_by_the_same_weights():
     w, x = 0.02 * rows(96, 512), rows(5, 512, seed=1)
-    q, qparams = int4.quantize_groupwise(w, group_size=128)
-    stand_for = {"INT4": affine.dequantize(q, qparams)}
-    ways = backends.linear_ways(group_size=128)
-    for name, (bits, make) in ways.items():
-        with torch.no_grad():
-            y = make(w)(x)
-        assert y.dtype == torch.float32 and y.shape == (5, 96)
-        # the inputs of ONNX Runtime's way are rounded to 8 bits
-        assert relative(y, x @ stand_for.get(name[:4], w).T) < 0.015, name
-        assert bits == {"FP32": 32, "BF16": 16, "INT8": 8, "INT4": 4.25}[name[:4]]
-        if isinstance(layer := make(w), weight_only.Int4Linear):
-            assert bits == 8 * sum(stored.nbytes for stored in layer.buffers()) / w.numel()
+    for group_size, few in ((64, 4.5), (128, 4.25)):
+        q, qparams = int4.quantize_groupwise(w, group_size=group_size)
+        stand_for = {"INT4": affine.dequantize(q, qparams)}
+        ways = backends.linear_ways(group_size=group_size)
+        for name, (bits, make) in ways.items():
+            with torch.no_grad():
+                y = make(w)(x)
+            assert y.dtype == torch.float32 and y.shape == (5, 96)
+            # the inputs of ONNX Runtime's way are rounded to 8 bits
+            assert relative(y, x @ stand_for.get(name[:4], w).T) < 0.015, name
+            assert bits == {"FP32": 32, "BF16": 16, "INT8": 8, "INT4": few}[name[:4]]
+            if isinstance(layer := make(w), weight_only.Int4Linear):
+                assert bits == 8 * sum(stored.nbytes for stored in layer.buffers()) / w.numel()
     assert ("INT4 weights, ONNX Runtime" in ways) == (
         importlib.util.find_spec("onnxruntime") is not None and importlib.util.find_spec("onnx") is not None
     )

@@ -222,7 +222,7 @@ def test_values_are_shown_short(value, text):
 @pytest.mark.parametrize(
     "got, expected, said",
     [
-        (3, torch.tensor([1, 2]), "a tensor was asked for, this is a int"),
+        (3, torch.tensor([1, 2]), "a tensor was asked for, this is of type int"),
         (torch.zeros(2), torch.zeros(3), "its shape is (2,), not (3,)"),
         (torch.zeros(2), torch.zeros(2).int(), "its dtype is torch.float32, not torch.int32"),
         (torch.tensor([[1, 2], [3, 4]]), torch.tensor([[1, 2], [5, 6]]), "2 of 4 values differ; at [1, 0] 3, not 5"),
@@ -231,8 +231,8 @@ def test_values_are_shown_short(value, text):
         ("a", "b", "it is another value"),
         (1, True, "it is another value"),
         (None, None, None),
-        ("2", 2, "a number was asked for, this is a str"),
-        (True, 1, "a number was asked for, this is a bool"),
+        ("2", 2, "a number was asked for, this is of type str"),
+        (True, 1, "a number was asked for, this is of type bool"),
         (2.0, 2, "an integer was asked for"),
         (2.5, 2, "it is 2.5, not 2"),
         (3, 2, "it is 3, not 2"),
@@ -244,7 +244,7 @@ def test_values_are_shown_short(value, text):
         ({"a": 1}, {"b": 1, "a": 1}, "a dict with the keys ['a', 'b'] was asked for"),
         ({"a": 1, "b": 3}, {"a": 1, "b": 2}, "under 'b': it is 3, not 2"),
         ((1, 2, 3), (1, 2), "2 values were asked for, in a tuple; this is a tuple of 3"),
-        (7, (1, 2), "2 values were asked for, in a tuple; this is a int"),
+        (7, (1, 2), "2 values were asked for, in a tuple; this is of type int"),
         ([1, 4], (1, 2), "value 2 of 2: it is 4, not 2"),
         ([1, 2], (1, 2), None),
     ],

@@ -23,8 +23,9 @@ def difference(got, expected, *, rtol, atol):
             return f"a dict with the keys {sorted(map(str, expected))} was asked for"
         return _first(((f"under {key!r}", got[key], each) for key, each in expected.items()), rtol, atol)
     if not isinstance(got, list | tuple) or len(got) != len(expected):
-        kind = f"{type(got).__name__} of {len(got)}" if isinstance(got, list | tuple) else type(got).__name__
-        return f"{len(expected)} values were asked for, in a tuple; this is a {kind}"
+        name = type(got).__name__
+        kind = f"a {name} of {len(got)}" if isinstance(got, list | tuple) else f"of type {name}"
+        return f"{len(expected)} values were asked for, in a tuple; this is {kind}"
     pairs = zip(got, expected, strict=True)
     return _first(((f"value {i} of {len(expected)}", *pair) for i, pair in enumerate(pairs, 1)), rtol, atol)
 
@@ -54,7 +55,7 @@ def _number(value):
 
 def _tensors(got, expected, rtol, atol):
     if not isinstance(got, torch.Tensor):
-        return f"a tensor was asked for, this is a {type(got).__name__}"
+        return f"a tensor was asked for, this is of type {type(got).__name__}"
     if got.shape != expected.shape:
         return f"its shape is {tuple(got.shape)}, not {tuple(expected.shape)}"
     if got.dtype != expected.dtype:
@@ -76,7 +77,7 @@ def _numbers(got, expected, rtol, atol):
     if isinstance(got, torch.Tensor) and got.numel() == 1:
         got = got.item()
     if isinstance(got, bool) or not isinstance(got, numbers.Number):
-        return f"a number was asked for, this is a {type(got).__name__}"
+        return f"a number was asked for, this is of type {type(got).__name__}"
     if isinstance(expected, int):
         if not isinstance(got, numbers.Integral):
             return "an integer was asked for" if got == expected else f"it is {show(got)}, not {show(expected)}"
