@@ -80,6 +80,13 @@ class Contract:
             assert relative_error(found, expected) < most
         assert not torch.equal(int8(images), fp32(images))
 
+    def test_another_network_is_another_program(self, fp32, images):
+        torch.manual_seed(1)
+        other = Block().eval()
+        found = backends.deploy(other, engine=self.engine, image_shape=(3, 32, 32))(images)
+        with torch.no_grad():
+            assert relative_error(found, other(images)) < 1e-5 < relative_error(found, fp32(images))
+
     def test_any_number_of_images_gives_each_its_own_logits(self, int8, fp32, images):
         for model, most in ((fp32, 1e-5), (int8, 0.02)):
             together = model(images)
@@ -179,7 +186,7 @@ class Contract:
         with pytest.raises(ValueError, match="was made for engine"):
             backends.deploy(int8, engine=self.engine)
 
-    def test_it_uses_as_many_threads_as_torch_and_leaves_them_alone(self, block, images):
+    def test_it_leaves_torchs_threads_alone(self, block, images):
         before = torch.get_num_threads()
         backends.deploy(block, engine=self.engine, image_shape=(3, 32, 32))(images)
         assert torch.get_num_threads() == before

@@ -245,6 +245,12 @@ def test_a_file_from_a_processor_with_vnni_says_so_on_one_without(
     )
 
 
+def test_an_engine_that_torch_was_built_without_says_so(monkeypatch):
+    assert {engine.name for engine in torch_ao.engines()} == set(backends.FAMILIES["torch_ao"])
+    monkeypatch.setattr(torch_ao, "FAMILIES", {"torch_ao": ("abacus",)})
+    assert torch_ao.engines() == [Engine("abacus", False, "not in this build of torch")]
+
+
 def test_only_a_network_with_all_8_bits_of_its_weights_can_overflow(small, calibration, monkeypatch):
     monkeypatch.setattr(backends, "needs_headroom", lambda engine: engine != "torch")
     whole, reduced = (backends.quantize_static(small, calibration, reduce_range=r) for r in (False, True))

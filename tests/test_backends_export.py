@@ -217,13 +217,16 @@ def test_inputs_that_awq_scales_are_divided_in_the_runtime_too(block, calibratio
 # For TensorRT, which knows signed integers without a zero point only ----------------------------------------------------------
 
 
-def test_a_symmetric_network_has_the_same_ranges_without_zero_points(quantized, images, tmp_path):
+@pytest.mark.parametrize("spread", [1, 3])
+def test_a_symmetric_network_has_the_same_ranges_without_zero_points(block, calibration, images, tmp_path, spread):
+    quantized = simulate.quantize(block, W8A8, [spread * x for x, _ in calibration])
     signed = export.symmetric(quantized)
     for before, after in zip(*(weights.layers(m).values() for m in (quantized, signed)), strict=True):
         before, after = before.input_quantizer, after.input_quantizer
         ends = [float(before.scale) * (end - int(before.zero_point)) for end in (0, 255)]
         assert (after.qmin, after.qmax, int(after.zero_point)) == (-128, 127, 0)
         assert 127 * float(after.scale) == pytest.approx(max(map(abs, ends)))
+    images = spread * images
     assert relative_error(outputs(signed, images), outputs(quantized, images)) < 0.05
     backends.export_onnx(signed, tmp_path / "signed.onnx", image_shape=(3, 32, 32))
     assert relative_error(reference(tmp_path / "signed.onnx", images), outputs(signed, images)) < 0.01

@@ -28,9 +28,10 @@ def test_an_error_passes_and_the_text_is_there(capfd):
 
 def test_engines_are_mute_in_a_notebook_too_where_stderr_is_no_file(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stderr", shown := io.StringIO())
-    with pytest.raises(KeyError) as error, program.mute():
-        os.write(2, b"by C, ")
-        sys.stderr.write("by C++")
-        raise KeyError
-    assert shown.getvalue() == capfd.readouterr().err == ""
-    assert error.value.__notes__ == ["by C, by C++"]
+    for time in ("once", "twice"):
+        with pytest.raises(KeyError) as error, program.mute():
+            os.write(2, b"by C, ")
+            sys.stderr.write(f"by C++, {time}")
+            raise KeyError
+        assert shown.getvalue() == capfd.readouterr().err == ""
+        assert error.value.__notes__ == [f"by C, by C++, {time}"]

@@ -37,7 +37,8 @@ KNOWN = "tests/constants.toml"
 TESTS = mutants.FILES | {  # what is not named after its file
     "backends/__init__": ("backends", "backends_deploy", "backends_weight_only", "backends_export"),
     "backends/eager": ("backends_deploy",),
-    "backends/program": ("backends_onnxruntime", "backends_pt2e", "backends"),
+    "backends/onnxruntime": ("backends_onnxruntime", "backends_weight_only"),
+    "backends/program": ("backends_onnxruntime", "backends_pt2e", "output"),
     "data": ("data", "tools_train"),
     "exercises/__init__": ("exercises", "progress", "quizzes"),
     "exercises/predictions": ("predictions", "exercises"),
