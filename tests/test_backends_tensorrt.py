@@ -69,20 +69,50 @@ def test_unsigned_activations_are_refused_with_what_to_do(block, calibration, mo
 
 def test_what_is_built_is_the_exported_file(block, calibration, monkeypatch):
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (make setup ENGINES=1)")
-    opened = []
-    monkeypatch.setattr(tensorrt, "_open", lambda content, shape: opened.append((content, shape)))
+    monkeypatch.setattr(tensorrt, "_open", lambda content, shape: (content, shape))
     network = export.symmetric(simulate.quantize(block, Policy(8, 8), calibration))
-    tensorrt.deploy(network, "int8", (3, 32, 32))
-    assert opened == [(export.to_onnx(network, (3, 32, 32)), (3, 32, 32))]
+    for precision, given in (("int8", network), ("fp32", block)):
+        assert tensorrt.deploy(given, precision, (3, 32, 32)) == (export.to_onnx(given, (3, 32, 32)), (3, 32, 32))
+    expected = export.to_onnx(network, (3, 32, 32)), (3, 32, 32)
+    batches = [x for x, _ in calibration]
+    assert tensorrt.quantize_static(block, batches, recipe()) == expected
+    assert tensorrt.quantize_static(block, batches, recipe(per_channel=False)) != expected
 
 
-def test_a_network_that_tensorrt_cannot_read_is_refused_with_its_reasons(monkeypatch):
+def test_what_is_loaded_is_built_from_the_bytes_of_its_file(monkeypatch):
+    monkeypatch.setattr(tensorrt, "_open", lambda content, shape: (content, shape))
+    for content, shape in ((b"one", [3, 32, 32]), (b"two", [3, 64, 64])):
+        tensors = {tensorrt.FILE: torch.tensor(list(content), dtype=torch.uint8)}
+        assert tensorrt.rebuild(None, {}, tensors, {"image_shape": shape}) == (content, shape)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A TensorRT that does nothing and remembers what it was asked."""
     fake = MagicMock()
     fake.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    return fake
+
+
+def test_a_plan_is_for_one_image_to_the_most_and_for_true_float32(fake):
+    builder = fake.Builder.return_value
+    for plan, side in ((b"a plan", 32), (b"another", 64)):
+        builder.build_serialized_network.return_value = plan
+        assert tensorrt.build(b"onnx", (3, side, side)) == plan
+        fake.OnnxParser.return_value.parse.assert_called_with(b"onnx")
+        sizes = [(n, 3, side, side) for n in (1, 1, tensorrt.MOST_IMAGES)]
+        builder.create_optimization_profile.return_value.set_shape.assert_called_with("images", *sizes)
+        builder.create_builder_config.return_value.clear_flag.assert_called_with(fake.BuilderFlag.TF32)
+    builder.build_serialized_network.return_value = None
+    with pytest.raises(RuntimeError, match="could not build an engine"):
+        tensorrt.build(b"onnx", (3, 32, 32))
+
+
+def test_a_network_that_tensorrt_cannot_read_is_refused_with_its_reasons(fake):
     parser = fake.OnnxParser.return_value
     parser.parse.return_value, parser.num_errors = False, 1
     parser.get_error.return_value = "zero point must be zero"
-    monkeypatch.setitem(sys.modules, "tensorrt", fake)
     with pytest.raises(RuntimeError, match="cannot read this network: zero point must be zero"):
         tensorrt.build(b"", (3, 32, 32))
     fake.Builder.return_value.create_network.assert_called_with(1 << 1)
