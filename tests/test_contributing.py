@@ -37,7 +37,7 @@ SLOW = (
     "other_ways",
     "without_its_package",
     "it_leaves_the_float",
-    "it_uses_as_many_threads",
+    "it_leaves_torchs_threads",
 )
 
 

@@ -81,6 +81,9 @@ def test_a_stopped_run_goes_on_where_it_was(folder, monkeypatch):
     assert sorted(map(str, set(made))) == sorted(map(str, wanted)) and len(made) == len(wanted) + 1
     arms.main()
     assert len(made) == len(wanted) + 1
+    monkeypatch.setattr("sys.argv", ["arms"])
+    arms.main()
+    assert made[len(wanted) + 1 :] == arms.wanted("mobilenet_v2")
 
 
 @pytest.mark.parametrize("name", arms.POLICIES)

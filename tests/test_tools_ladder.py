@@ -98,9 +98,13 @@ def test_a_stopped_run_goes_on_where_it_was(folder, monkeypatch):
     ladder.main()
     assert len(jobs) == len(ladder.HEADLINES) + 3 + 1  # only the one that was interrupted came twice
     assert jobs.count(jobs[5]) == 2
-    before = list(jobs)
+    before, grid = list(jobs), ladder.GRID
     ladder.main()
     assert jobs == before
+    more = [(name, ladder.NEAREST, bits, replace(policy, weights=7)) for name, _, bits, policy in grid]
+    monkeypatch.setattr(ladder, "GRID", [*grid, *more])
+    ladder.main()
+    assert jobs == [*before, *((name, str(policy), repairs, "validation") for name, repairs, _, policy in more)]
 
 
 @pytest.fixture

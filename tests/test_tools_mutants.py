@@ -71,20 +71,40 @@ def test_an_unknown_file_is_refused(capsys):
     assert "unknown: nonsense; there are: affine, " in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a copy is made of a clone")
-def test_the_copy_has_what_git_knows_and_is_told_what_to_change(tmp_path):
-    for place, chosen, tests in (("a", ["int4", "rounding/awq"], ["int4", "rounding"]), ("b", ["stats"], ["stats"])):
-        folder = tmp_path / place
-        mutants.copy(folder)
-        mutants.configure(folder, chosen)
-        for name in (
-            "course_utils/stats.py", "data/manifest.json", "notebooks/00_start_here.ipynb", "tests/conftest.py"
-        ):  # fmt: skip
-            assert (folder / name).read_bytes() == (ROOT / name).read_bytes()
-        assert not (folder / ".venv").exists() and not (folder / "results").exists()
-        said = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mutmut"]
-        assert said["only_mutate"] == [f"course_utils/{file}.py" for file in chosen]
-        assert said["pytest_add_cli_args_test_selection"] == [f"tests/test_{name}.py" for name in tests]
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A course with a committed file that was changed since, a new one, a deleted one and an ignored one."""
+    folder = tmp_path / "course"
+    kept = {"pyproject.toml": "[project]\n", "course_utils/int4.py": "old", "gone.py": "", ".gitignore": "results\n"}
+    for name, text in kept.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    for arguments in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    for name in ("course_utils/int4.py", "tests/a new test.py", "results"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("new")
+    (folder / "gone.py").unlink()
+    monkeypatch.setattr(mutants, "ROOT", folder)
+    return folder
+
+
+def test_the_copy_has_what_git_knows_as_it_is_now(checkout, tmp_path):
+    for place in ("one", "two"):
+        mutants.copy(tmp_path / place)
+        files = {p.relative_to(tmp_path / place).as_posix() for p in (tmp_path / place).rglob("*") if p.is_file()}
+        assert files == {"pyproject.toml", ".gitignore", "course_utils/int4.py", "tests/a new test.py"}
+        assert (tmp_path / place / "course_utils/int4.py").read_text() == "new"
+
+
+def test_the_copy_is_told_what_to_change_and_what_to_run(tmp_path):
+    for chosen, tests in ((["int4", "rounding/awq", "rounding/gptq"], ["int4", "rounding"]), (["stats"], ["stats"])):
+        (tmp_path / "pyproject.toml").write_text("[project]")
+        mutants.configure(tmp_path, chosen)
+        said = tomllib.loads((tmp_path / "pyproject.toml").read_text(encoding="utf-8"))
+        assert list(said) == ["project", "tool"]
+        assert said["tool"]["mutmut"]["only_mutate"] == [f"course_utils/{file}.py" for file in chosen]
+        assert said["tool"]["mutmut"]["pytest_add_cli_args_test_selection"] == [f"tests/test_{t}.py" for t in tests]
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from course_utils.tools.run import ROOT
 
 KNOWN = "tests/constants.toml"
 TESTS = mutants.FILES | {  # what is not named after its file
+    "__main__": ("workspace",),
     "backends/__init__": ("backends", "backends_deploy", "backends_weight_only", "backends_export"),
     "backends/eager": ("backends_deploy",),
     "backends/onnxruntime": ("backends_onnxruntime", "backends_weight_only"),
@@ -45,7 +46,10 @@ TESTS = mutants.FILES | {  # what is not named after its file
     "exercises/progress": ("progress", "exercises"),
     "exercises/quizzes": ("quizzes", "exercises"),
     "smollm": ("smollm", "fuzz"),
+    "tools/clean": ("tools_run",),
     "tools/compare": ("report",),
+    "tools/kit_install": ("tools_kit",),
+    "tools/new": ("contributing",),
     "tools/report": ("report",),
     "tools/site": ("site",),
 }
