@@ -1,8 +1,10 @@
 """What is printed past Python: kept away, handed over, and the stream put back."""
 
 import io
+import logging
 import os
 import sys
+import warnings
 
 import pytest
 
@@ -35,3 +37,19 @@ def test_engines_are_mute_in_a_notebook_too_where_stderr_is_no_file(monkeypatch,
             raise KeyError
         assert shown.getvalue() == capfd.readouterr().err == ""
         assert error.value.__notes__ == [f"by C, by C++, {time}"]
+
+
+@pytest.mark.parametrize("keep", [program.quietly, program.making])
+def test_warnings_and_chatter_are_kept_away_and_levels_put_back(keep, caplog):
+    logger = logging.getLogger("course.chatter")
+    for level in (logging.DEBUG, logging.INFO):
+        logger.setLevel(level)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(KeyError), keep("course.chatter"):
+                warnings.warn("nothing to be done about it", stacklevel=1)
+                logger.warning("nor about this")
+                logger.error("this is another matter")
+                raise KeyError
+        assert logger.level == level
+    assert [record.message for record in caplog.records] == ["this is another matter"] * 2

@@ -303,4 +303,4 @@ def test_what_is_tried_here_is_told_as_json(monkeypatch, capsys):
 def test_an_unknown_file_is_refused(capsys):
     with pytest.raises(SystemExit):
         constants.main(["nonsense"])
-    assert "unknown: nonsense; there are: affine, " in capsys.readouterr().err
+    assert "unknown: nonsense; there are: __main__, affine, " in capsys.readouterr().err

@@ -48,7 +48,6 @@ TESTS = mutants.FILES | {  # what is not named after its file
     "smollm": ("smollm", "fuzz"),
     "tools/clean": ("tools_run",),
     "tools/compare": ("report",),
-    "tools/kit_install": ("tools_kit",),
     "tools/new": ("contributing",),
     "tools/report": ("report",),
     "tools/site": ("site",),
