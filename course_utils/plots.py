@@ -4,6 +4,7 @@ import itertools
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import transforms
 
 # Okabe and Ito's palette (2008), which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
@@ -86,6 +87,25 @@ def _name_at_the_right(axis, lines, gap=12):
             color=colour,
             annotation_clip=False,
         )
+
+
+def _label_points(axis, points):
+    """Write a label beside each of `points`, `(x, y, label, colour)`: at its lower right, or where it covers least."""
+    axis.figure.canvas.draw()
+    spots = axis.transData.transform([point[:2] for point in points])
+    taken = [transforms.Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in spots]  # the markers
+    for x, y, label, colour in points:
+        tried = [
+            axis.annotate(label, (x, y), to, textcoords="offset points", ha=side, fontsize=8, color=colour)
+            for to, side in (((4, -11), "left"), ((4, 5), "left"), ((-4, -11), "right"), ((-4, 5), "right"))
+        ]
+        boxes = [text.get_window_extent() for text in tried]
+        common = [[transforms.Bbox.intersection(box, other) for other in taken] for box in boxes]
+        covered = [sum(part.width * part.height for part in parts if part) for parts in common]
+        best = covered.index(min(covered))
+        taken.append(boxes[best])
+        for text in tried[:best] + tried[best + 1 :]:
+            text.remove()
 
 
 def number_bits(rows, title="", axis=None):
@@ -282,7 +302,10 @@ def lines(x, series, *, xlabel, ylabel, title="", log=False):
 
 
 def interval_lines(x, series, *, xlabel, ylabel, title="", log2=False, baseline=None):
-    """Draw curves with their intervals as bands: series is a dict of label → `(values, lows, highs)`, one of each an x."""
+    """Draw curves with their intervals as bands: series is a dict of label → `(values, lows, highs)`, one of each an x.
+
+    x: from left to right, so if they fall the axis falls too.
+    """
     figure, axis = plt.subplots(figsize=(7, 3.6))
     markers, colours = itertools.cycle("osD^v"), _colours(series)
     for label, (values, lows, highs) in series.items():
@@ -294,6 +317,8 @@ def interval_lines(x, series, *, xlabel, ylabel, title="", log2=False, baseline=
     if log2:
         axis.set_xscale("log", base=2)
         axis.set_xticks(x, [str(value) for value in x])
+    if x[-1] < x[0]:
+        axis.invert_xaxis()
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _name_at_the_right(axis, named)
     return figure
@@ -309,7 +334,7 @@ def curves(series, *, labels, xlabel, ylabel, title=""):
             axis.annotate(label, point, (4, -11), textcoords="offset points", fontsize=8, color=line.get_color())
         right = max(zip(x, y, strict=True))
         axis.annotate(name, right, (9, -3), textcoords="offset points", fontsize=8, color=line.get_color())
-    axis.margins(x=0.1)  # room for the names
+    axis.margins(x=0.1, y=0.12)  # room for the names and labels
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
     return figure
 
@@ -320,11 +345,11 @@ def pareto(series, *, xlabel, ylabel, title="", baseline=None, log=False):
     log: sizes on a logarithmic axis.
     """
     figure, axis = plt.subplots(figsize=(7, 3.8))
-    markers, colours = itertools.cycle("osD^v"), _colours(series)
+    markers, colours, labelled = itertools.cycle("osD^v"), _colours(series), []
     for strategy, points in series.items():
         sizes, values, lows, highs, labels = zip(*sorted(points), strict=True)
         below, above = np.subtract(values, lows), np.subtract(highs, values)
-        line = axis.errorbar(
+        axis.errorbar(
             sizes,
             values,
             yerr=np.stack([below, above]),
@@ -334,17 +359,16 @@ def pareto(series, *, xlabel, ylabel, title="", baseline=None, log=False):
             label=strategy,
             color=colours[strategy],
         )
-        for size, value, label in zip(sizes, values, labels, strict=True):
-            axis.annotate(
-                label, (size, value), (4, -11), textcoords="offset points", fontsize=8, color=line[0].get_color()
-            )
+        labelled += [(*point, colours[strategy]) for point in zip(sizes, values, labels, strict=True)]
     if baseline is not None:
         axis.axhline(baseline, color=GREY, ls="--", lw=1)
     if log:
         axis.set_xscale("log")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+        axis.tick_params(axis="x", which="minor", pad=5)  # all numbers in one row
     axis.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _label_points(axis, labelled)
     axis.legend()
     return figure
 

@@ -1,4 +1,5 @@
 import io
+import itertools
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -189,11 +190,28 @@ def test_lines_with_intervals_have_a_band_each_and_name_their_counts():
     assert {text.get_text() for text in axis.texts} == {"real", "noise"}
 
 
+def test_where_bits_fall_to_the_right_a_name_is_at_the_end_of_its_line():
+    series = {"nearest": ([0, 9], [0, 9], [0, 9]), "GPTQ": ([0, 1], [0, 1], [0, 1])}
+    axis = plots.interval_lines([4, 2], series, xlabel="bits", ylabel="nats").axes[0]
+    assert axis.xaxis_inverted()
+    names = {text.get_text(): axis.transAxes.transform(text.xy)[1] for text in axis.texts}
+    for name, (values, *_) in series.items():
+        assert names[name] == pytest.approx(axis.transData.transform((2, values[-1]))[1], abs=2)
+
+
 def test_a_pareto_plot_joins_the_points_of_a_strategy_by_size_and_labels_each():
     figure = plots.pareto({"uniform": [(5, 90, 89, 91, "4 bits"), (2, 50, 48, 52, "2 bits")]}, xlabel="MB", ylabel="%")
     line = figure.axes[0].lines[0]
     assert line.get_xdata().tolist() == [2, 5] and line.get_ydata().tolist() == [50, 90]
     assert all(word in texts(figure) for word in ("2 bits", "4 bits", "uniform"))
+
+
+def test_labels_of_points_close_together_do_not_lie_on_one_another():
+    series = {name: [(5, 90 + i / 20, 89, 91, f"W{i}")] for i, name in enumerate(("nearest", "GPTQ", "QAT"))}
+    axis = plots.pareto(series | {"far": [(9, 80, 79, 81, "FP32")]}, xlabel="MB", ylabel="%").axes[0]
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == ["W0", "W1", "W2", "FP32"]
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
 def test_sizes_far_apart_fit_on_a_logarithmic_axis_with_plain_numbers():
@@ -208,6 +226,9 @@ def test_each_point_of_a_curve_has_its_label():
     figure = plots.curves(series, labels=["32", "128"], xlabel="bits", ylabel="dB", title="Groups")
     assert [line.get_ydata().tolist() for line in figure.axes[0].lines] == [[8, 7], [14, 13]]
     assert [text.get_text() for text in figure.axes[0].texts] == ["32", "128", "2 bits", "32", "128", "3 bits"]
+    figure.canvas.draw()
+    lowest = min(text.get_window_extent().y0 for text in figure.axes[0].texts)
+    assert lowest > figure.axes[0].get_window_extent().y0, "a label lies on the axis"
     assert all(word in texts(figure) for word in ("2 bits", "3 bits", "dB", "Groups"))
 
 

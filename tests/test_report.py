@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from course_utils import deployment, report
+from course_utils import deployment, files, report
 from course_utils.tools import compare
+from course_utils.tools import report as tools_report
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,11 @@ def test_a_report_is_shown_with_its_own_numbers():
         table, figures = report.table(stored), report.figures(stored)
         assert table.rows[0][:2] == [slowest["name"], f"{slowest['ms']['median']:.2f}"]
         assert len(table.rows) == len(stored["ladder"])
-        assert stored["machine"]["cpu"] in figures["ladder"].axes[0].get_title()
+        axis = figures["ladder"].axes[0]
+        assert stored["machine"]["cpu"] in axis.get_title()
+        shown = {label.get_text() for label in axis.get_yticklabels()}
+        assert shown == {rung["name"] for rung in stored["ladder"]}
+        assert axis.dataLim.x1 == max(rung["over_eager"]["high"] for rung in stored["ladder"])
 
 
 def test_several_machines_stand_side_by_side_and_what_one_lacks_is_a_dash(content):
@@ -115,6 +120,20 @@ def test_a_damaged_report_is_refused(content, tmp_path, change, message):
     (tmp_path / "x.json").write_text(json.dumps(damaged))
     with pytest.raises(report.ReportError, match="x.json"):
         report.read(tmp_path / "x.json")
+
+
+def test_the_command_measures_and_names_the_files_it_wrote(tmp_path, monkeypatch, capsys):
+    def measure_machine(*, progress, **settings):
+        progress("A/A test")
+        return settings
+
+    monkeypatch.setattr(report, "measure_machine", measure_machine)
+    monkeypatch.setattr(report, "write", lambda content, folder: [folder / name for name in ("a.json", *content)])
+    monkeypatch.setattr(files, "results_dir", lambda: tmp_path)
+    folder = tmp_path / "report"
+    for arguments, settings in (([], ()), (["--fast"], tools_report.FAST)):
+        tools_report.main(arguments)
+        assert capsys.readouterr().out.splitlines() == ["A/A test", *(str(folder / n) for n in ("a.json", *settings))]
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -194,6 +195,13 @@ def test_a_file_that_cannot_be_read_is_named_and_kept(tmp_path, capsys, name, co
     assert name in said and message in said
     assert (tmp_path / name).read_text() == content
     assert not (tmp_path / "newest.md").exists()
+
+
+def test_the_command_ends_with_the_code_of_its_judgement(monkeypatch):
+    judged = []
+    monkeypatch.setattr(drift, "drift", lambda report: judged.append(report) or len(judged) - 1)
+    assert [drift.main([name]) for name in ("newest.xml", "nightly.xml")] == [0, 1]
+    assert judged == [Path("newest.xml"), Path("nightly.xml")]
 
 
 def test_no_notebooks_is_said(tmp_path, capsys):

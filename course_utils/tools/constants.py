@@ -7,8 +7,8 @@ Two questions about a file and its tests, in a copy of the course:
 - Each function in turn answers always what it answered first. Does a test fail? If not, none looks at its answers.
 - All functions of the file answer None. Does every test that calls one fail? If not, it passes without what it is about.
 
-`tests/constants.toml` lists what goes unnoticed and may, with why. Functions are not followed into processes of their own.
-Needs `fork`, so not Windows.
+`tests/constants.toml` lists what goes unnoticed and may, with why. Functions are not followed into processes of their own,
+where all of `tools/kit_install` runs. Needs `fork`, so not Windows.
 """
 
 import argparse
