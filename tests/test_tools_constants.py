@@ -278,7 +278,7 @@ def test_the_command_tries_each_file_in_a_copy_and_fails_when_something_goes_unn
         return types.SimpleNamespace(returncode=answer is None, stdout=json.dumps(answer), stderr="the reason")
 
     monkeypatch.setattr(constants.files, "results_dir", lambda: tmp_path)
-    monkeypatch.setattr(constants.mutants, "copy", lambda folder: folder.mkdir())
+    monkeypatch.setattr(constants, "copy_checkout", lambda folder, root: folder.mkdir())
     monkeypatch.setattr(constants.subprocess, "run", run)
     if last is None:
         with pytest.raises(constants.ConstantsError, match="int4 could not be tried:\nthe reason"):

@@ -71,32 +71,6 @@ def test_an_unknown_file_is_refused(capsys):
     assert "unknown: nonsense; there are: affine, " in capsys.readouterr().err
 
 
-@pytest.fixture
-def checkout(tmp_path, monkeypatch):
-    """A course with a committed file that was changed since, a new one, a deleted one and an ignored one."""
-    folder = tmp_path / "course"
-    kept = {"pyproject.toml": "[project]\n", "course_utils/int4.py": "old", "gone.py": "", ".gitignore": "results\n"}
-    for name, text in kept.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    for arguments in (["init", "-q"], ["add", "."]):
-        subprocess.run(["git", *arguments], cwd=folder, check=True)
-    for name in ("course_utils/int4.py", "tests/a new test.py", "results"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("new")
-    (folder / "gone.py").unlink()
-    monkeypatch.setattr(mutants, "ROOT", folder)
-    return folder
-
-
-def test_the_copy_has_what_git_knows_as_it_is_now(checkout, tmp_path):
-    for place in ("one", "two"):
-        mutants.copy(tmp_path / place)
-        files = {p.relative_to(tmp_path / place).as_posix() for p in (tmp_path / place).rglob("*") if p.is_file()}
-        assert files == {"pyproject.toml", ".gitignore", "course_utils/int4.py", "tests/a new test.py"}
-        assert (tmp_path / place / "course_utils/int4.py").read_text() == "new"
-
-
 def test_the_copy_is_told_what_to_change_and_what_to_run(tmp_path):
     for chosen, tests in ((["int4", "rounding/awq", "rounding/gptq"], ["int4", "rounding"]), (["stats"], ["stats"])):
         (tmp_path / "pyproject.toml").write_text("[project]")
@@ -149,7 +123,7 @@ def test_the_command_fails_when_fewer_are_noticed_than_asked(mutmut, tmp_path, m
     mutmut.says["results"] = (0, listed, "")
     changes = {names[0]: known["change"]}
     monkeypatch.setattr(mutants, "change", lambda folder, mutant: changes.get(mutant.name, "- a\n+ b"))
-    monkeypatch.setattr(mutants, "copy", lambda folder: folder.mkdir())
+    monkeypatch.setattr(mutants, "copy_checkout", lambda folder, root: folder.mkdir())
     monkeypatch.setattr(mutants, "configure", lambda folder, chosen: (folder / "chosen").write_text(" ".join(chosen)))
     monkeypatch.setattr(mutants.files, "results_dir", lambda: tmp_path)
     file = Mutant(names[0], "").file

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from course_utils.tools import rehearse
+from course_utils.tools import copy_checkout, rehearse
 from tests.toys import ROOT
 
 GIT = ["git", "-c", "user.name=x", "-c", "user.email=x@localhost"]
@@ -40,6 +40,16 @@ def test_a_clone_of_the_snapshot_holds_the_checkout_as_it_is_now(checkout, tmp_p
     names = {path.relative_to(tmp_path / "clone").as_posix() for path in files}
     assert names == {"kept.txt", ".gitignore", "ignored-but-ours", "a folder/new.txt"}
     assert (tmp_path / "clone" / "kept.txt").read_text() == "new"
+
+
+def test_a_copy_holds_the_checkout_as_it_is_now_each_time(checkout, tmp_path):
+    for text in ("new", "newer"):
+        (checkout / "kept.txt").write_text(text)
+        copy_checkout(tmp_path / text, checkout)
+        assert (tmp_path / text / "kept.txt").read_text() == text
+        assert sorted(path.name for path in (tmp_path / text).iterdir()) == [
+            ".gitignore", "a folder", "ignored-but-ours", "kept.txt"
+        ]  # fmt: skip
 
 
 def test_a_folder_that_is_no_clone_is_one_clear_error(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """What the Makefile calls: each is also `python -m course_utils.tools.<name>`."""
 
 import argparse
+import shutil
+import subprocess
 
 
 def names_from_command_line(doc, known, what):
@@ -15,3 +17,16 @@ def names_from_command_line(doc, known, what):
         if name not in known:
             parser.error(f"unknown model {name!r}: choose from {', '.join(known)}")
     return names
+
+
+def copy_checkout(folder, root):
+    """Copy the files of the checkout `root` that git has or would take, as they are now, into `folder` (both `Path`s).
+
+    Raises `OSError` where there is no git, `subprocess.CalledProcessError` where `root` is no clone.
+    """
+    git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(git, check=True, capture_output=True).stdout.decode().split("\0")
+    for name in filter(None, names):
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, folder / name)

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from course_utils import files
 from course_utils.tables import Table
-from course_utils.tools import mutants
+from course_utils.tools import copy_checkout, mutants
 from course_utils.tools.run import ROOT
 
 KNOWN = "tests/constants.toml"
@@ -46,6 +46,7 @@ TESTS = mutants.FILES | {  # what is not named after its file
     "exercises/progress": ("progress", "exercises"),
     "exercises/quizzes": ("quizzes", "exercises"),
     "smollm": ("smollm", "fuzz"),
+    "tools/__init__": ("tools_rehearse", "tools_ladder"),
     "tools/clean": ("tools_run",),
     "tools/compare": ("report",),
     "tools/new": ("contributing",),
@@ -321,7 +322,7 @@ def main(arguments=None):
         return 0
     folder = files.results_dir() / "constants"
     shutil.rmtree(folder, ignore_errors=True)
-    mutants.copy(folder)
+    copy_checkout(folder, ROOT)
 
     def there(file):
         command = [sys.executable, "-m", "course_utils.tools.constants", "--here", file]

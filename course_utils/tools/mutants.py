@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from course_utils import files
 from course_utils.stats import Proportion
 from course_utils.tables import Table
+from course_utils.tools import copy_checkout
 from course_utils.tools.run import ROOT
 
 # What is changed → the tests that have to notice.
@@ -60,20 +61,6 @@ class Mutant:
 
 class MutantsError(RuntimeError):
     """Nothing could be tried; the message says why."""
-
-
-def copy(folder):
-    """Copy what git knows of the course, as it is now, into `folder`."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
-    for name in filter(None, listed.stdout.decode().split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
 
 
 def configure(folder, chosen):
@@ -160,7 +147,7 @@ def main(arguments=None):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are: {', '.join(FILES)}")
     folder = files.results_dir() / "mutants"
     shutil.rmtree(folder, ignore_errors=True)
-    copy(folder)
+    copy_checkout(folder, ROOT)
     configure(folder, chosen.files or list(FILES))
     mutmut(folder, "run", "none of them")  # makes the changes and learns which tests run which function
     names = [m.name for m in drawn(listed(folder), chosen.sample)]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from course_utils.tools import badges, small
+from course_utils.tools import badges, copy_checkout, small
 
 ROOT = Path(__file__).resolve().parents[2]
 COLAB = ROOT / "tests" / "colab"  # what Colab has, and what it looks like
@@ -31,15 +31,10 @@ class RehearsalError(RuntimeError):
 
 def snapshot(folder, branch, root=ROOT):
     """Make a git repository in `folder`, new, whose one commit on `branch` has the files of the checkout `root` as they are."""
-    git = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        names = subprocess.run(git, check=True, capture_output=True, text=True).stdout.split("\0")
+        copy_checkout(folder, root)
     except (OSError, subprocess.CalledProcessError):
         raise RehearsalError(f"{root.name} is no clone, or there is no git") from None
-    for name in filter(None, names):
-        if (root / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, folder / name)
     author = ["-c", "user.name=rehearsal", "-c", "user.email=rehearsal@localhost", "-c", "core.autocrlf=false"]
     for arguments in (["init", "-q", "-b", branch], ["add", "-A", "--force"], ["commit", "-q", "-m", "Rehearsal"]):
         subprocess.run(["git", *author, *arguments], cwd=folder, check=True)
