@@ -46,7 +46,7 @@ TESTS = mutants.FILES | {  # what is not named after its file
     "exercises/progress": ("progress", "exercises"),
     "exercises/quizzes": ("quizzes", "exercises"),
     "smollm": ("smollm", "fuzz"),
-    "tools/__init__": ("tools_rehearse", "tools_ladder"),
+    "tools/__init__": ("tools_rehearse", "tools_arms"),
     "tools/clean": ("tools_run",),
     "tools/compare": ("report",),
     "tools/new": ("contributing",),
